@@ -1,0 +1,63 @@
+# Everything runs in an environment of its own, made on first use: `make demo` and `make test` work in a fresh clone.
+# Which package index is asked (and so whether torch comes with CUDA or for the CPU) is the user's pip configuration.
+
+ifndef PYTHON
+PYTHON := $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
+endif
+VENV ?= .venv
+PYTEST_WORKERS ?= 2
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test quality format test-resume test-distributed bench build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) PYTEST_WORKERS=$(PYTEST_WORKERS)"
+
+# torch first and alone, so that its pinned release is the one that everything else is resolved against.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(STAMP) ## make the environment
+
+demo: $(STAMP) ## train and report a small example into demo_output/
+	$(BIN)/hf-pretrain-ext demo --output demo_output
+
+test: quality ## format, lint and type checks, then every test not marked slow
+	$(PYTEST) -m "not slow" -n $(PYTEST_WORKERS) --dist loadfile
+
+quality: $(STAMP) ## format, lint and type checks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p hf_pretrain_ext
+
+format: $(STAMP) ## rewrite the sources the way `quality` wants them
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+test-resume: $(STAMP) ## the full product of exact-resume cases
+	$(PYTEST) -m resume -n $(PYTEST_WORKERS) --dist loadfile
+
+test-distributed: $(STAMP) ## every test that starts several ranks, one after another
+	$(PYTEST) -m distributed
+
+bench: $(STAMP) ## what the plug-ins cost per step
+	$(BIN)/python benchmarks/overhead.py
+
+build: $(STAMP) ## sdist and wheel into dist/
+	$(BIN)/python -m build
+
+clean: ## remove what the other targets made, except the environment
+	rm -rf build dist demo_output .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -path ./.git -prune -o -path './$(VENV)' -prune -o -type d -name __pycache__ -exec rm -rf {} +

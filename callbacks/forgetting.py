@@ -1,0 +1,281 @@
+"""Forgetting: measure what the model loses and gains on held-out sets, from before the first step on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from hf_pretrain_ext import data
+from hf_pretrain_ext.forgetting import ForgettingConfig, History, heldout_loss, is_probe_step
+from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
+from hf_pretrain_ext.report.plots import forgetting_plot, have_matplotlib
+from hf_pretrain_ext.rng import rng_guard
+from hf_pretrain_ext.units import to_steps
+
+__all__ = ["ForgettingCallback"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class ForgettingCallback(TrainerPlugin):
+    """Measures token-weighted loss and perplexity on held-out sets of old and new domains; changes nothing.
+
+    Probes run before the first step, densely in the first steps (1 to 20, then powers of two: where the stability gap
+    is), then regularly and after the last. Each is logged as `eval_<set>_loss` and `eval_<set>_perplexity`, which
+    `metric_for_best_model`, `load_best_model_at_end` and early stopping can use. At the end `forgetting.json` and
+    `forgetting.png` lie in `output_dir`, with the figures defined in `hf_pretrain_ext.forgetting`.
+
+    Training is bit-identical with and without it. Cost: one forward pass over `max_samples` rows a set and probe.
+
+    Args:
+        datasets (`dict[str, Dataset]`): held-out sets by name, prepared like the evaluation data.
+        every (`int`, `float` or `str`, *optional*, defaults to `0.05`): steps between probes, or a share of the run.
+        first_steps (`str`, *optional*, defaults to `"dense"`): `"dense"` or `"sparse"` (only every `every`).
+        max_samples (`int`, *optional*, defaults to `256`): rows of each set that a probe reads, chosen once, by key.
+        batch_size (`int`, *optional*): rows a forward pass; defaults to `per_device_eval_batch_size`.
+        alert_if (`dict[str, float]`, *optional*): warn once when a set's loss has risen by this many nats over step 0.
+        stop_if (`dict[str, float]`, *optional*): stop training, after a save if saving is on, likewise.
+
+    Raises:
+        `ValueError`: at construction, settings out of range or thresholds for unknown sets.
+        [`PluginError`]: at `extend`, sets that are empty or do not fit the model.
+
+    Example:
+
+    ```python
+    ForgettingCallback({"general": general_eval, "domain": domain_eval}, stop_if={"general": 0.3})
+    ```
+    """
+
+    name = "forgetting"
+    resume = "exact"
+    distributed = {"ddp": "exact", "fsdp2": "untested", "zero2": "untested", "zero3": "untested"}
+
+    def __init__(
+        self,
+        datasets: Mapping[str, Any],
+        *,
+        every: int | float | str = 0.05,
+        first_steps: str = "dense",
+        max_samples: int = 256,
+        batch_size: int | None = None,
+        alert_if: Mapping[str, float] | None = None,
+        stop_if: Mapping[str, float] | None = None,
+    ):
+        if not isinstance(datasets, Mapping) or not datasets:
+            raise ValueError(f"datasets must be a dict of held-out sets by name, got {datasets!r}")
+        for name in datasets:
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise ValueError(f"datasets: a name holds letters, digits, '_', '.' and '-', got {name!r}")
+        self.config = ForgettingConfig(
+            every=cast(str, every), first_steps=first_steps, max_samples=max_samples, batch_size=batch_size
+        )
+        self.datasets = dict(datasets)
+        self.alert_if = _thresholds("alert_if", alert_if, datasets)
+        self.stop_if = _thresholds("stop_if", stop_if, datasets)
+        self.history = History()
+        self._prepared: dict[str, Any] = {}
+        self._alerted: list[str] = []
+
+    def settings(self) -> dict[str, Any]:
+        # What is measured may change between a run and its resume; what may end the run may not.
+        return {"stop_if": self.stop_if}
+
+    def check(self, setup: Setup) -> Iterable[Problem]:
+        known = setup.trainer.eval_dataset
+        for name, dataset in self.datasets.items():
+            who = f"{self.name}[{name}]"
+            if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+                yield Problem(
+                    who, f"is a {type(dataset).__name__}, whose rows cannot be looked up", "Use a map-style dataset."
+                )
+                continue
+            if len(dataset) == 0:
+                yield Problem(who, "is empty", "Pass held-out rows, or leave the set out.")
+                continue
+            if isinstance(known, Mapping) and name in known:
+                yield Problem(
+                    who,
+                    "has the name of a set in the Trainer's eval_dataset, whose metrics it would overwrite",
+                    "Rename one of them.",
+                )
+            if name not in self._prepared:
+                self._prepared[name] = setup.prepare(dataset, name, training=False)
+            yield from self._check_set(who, self._prepared[name], setup)
+
+    def _check_set(self, who: str, dataset: Any, setup: Setup) -> Iterable[Problem]:
+        (stripped,), collate = setup.stripped([dataset])
+        rows = data.token_rows(stripped, data.sample_rows(len(stripped), self.config.max_samples))
+        found, vocabulary = data.id_range(rows), setup.embeddings
+        if found and vocabulary and (found[0] < 0 or found[1] >= vocabulary):
+            yield Problem(
+                who,
+                f"holds token ids {found[0]}..{found[1]}, but the model has {vocabulary} embeddings",
+                "Tokenize it with the model's own tokenizer.",
+            )
+            return
+        try:
+            batch = collate([stripped[0]])
+        except Exception as error:  # whatever a user's collator raises is the finding here
+            yield Problem(
+                who,
+                f"its rows cannot be collated ({type(error).__name__}: {error})",
+                "Prepare it like the evaluation data.",
+            )
+            return
+        if not isinstance(batch, Mapping) or not {"labels", "shift_labels"} & set(batch):
+            yield Problem(
+                who, "gives batches without labels, so there is no loss", "Add labels, or a collator that makes them."
+            )
+            return
+        train = setup.train_dataset
+        if rows and hasattr(train, "__len__") and len(train) and hasattr(train, "__getitem__"):
+            (train,), _ = setup.stripped([train])
+            sampled = data.sample_rows(len(train))
+            exact, near = data.overlap(rows, data.token_rows(train, sampled))
+            # A sample of the training rows finds its share of the copies; scaled up, this estimates all of them.
+            scale = len(train) / len(sampled)
+            if exact * scale > 0.01 or near * scale > 0.2:
+                yield Problem(
+                    who,
+                    f"about {min(exact * scale, 1):.0%} of its rows and {min(near * scale, 1):.0%} of its 13-grams "
+                    f"are in the training data (from {len(sampled):,} of {len(train):,} rows)",
+                    "Hold out whole documents, or its loss says little about what was learned.",
+                    level="note",
+                )
+
+    def describe(self) -> list[str]:
+        if self.run is None:
+            return []
+        steps = [step for step in range(min(self.run.total_steps, 100_000) + 1) if self._is_due(step)]
+        return [f"forgetting: {len(steps)} probes of {', '.join(self.datasets)} ({self._rows_text()})"]
+
+    def _rows_text(self) -> str:
+        return ", ".join(f"{min(len(d), self.config.max_samples):,} rows" for d in self._prepared.values())
+
+    # Life cycle
+
+    def begin(self) -> None:
+        self.history = History()
+        self._alerted = []
+
+    def state(self) -> dict[str, Any]:
+        return {"sets": self.history.sets, "alerted": self._alerted}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.history = History(state.get("sets"))
+        self._alerted = list(state.get("alerted", []))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.history.last_step() < 0:
+            self._probe(control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_due(state.global_step) or control.should_training_stop:
+            self._probe(control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.run is None or not self.run.is_main:
+            return
+        self._write()
+        self.run.trace("forgetting", summary=self.history.summary())
+        self.run.say("\n".join(self.history.table()))
+        if have_matplotlib():
+            forgetting_plot({"this run": self.history.to_json()}, Path(self.run.output_dir) / "forgetting.png")
+
+    def eval_metrics(self) -> dict[str, float]:
+        if self.run is not None:
+            self._probe(self.run.trainer.control)
+        return self.history.scalars()
+
+    def _is_due(self, step: int) -> bool:
+        if self.run is None:
+            return False
+        every = max(to_steps(self.config.every, self.run.total_steps, "every"), 1)
+        return is_probe_step(step, self.run.total_steps, every, dense=self.config.first_steps == "dense")
+
+    def _probe(self, control: Any) -> None:
+        run = self.run
+        if run is None or self.history.last_step() == run.step:
+            return
+        began = time.perf_counter()
+        # A fixed seed inside: collators that mask at random mask the same tokens at every probe.
+        with rng_guard(seed=0):
+            for name, dataset in self._prepared.items():
+                sums = heldout_loss(
+                    run.model,
+                    self._batches(dataset),
+                    shifts_labels=run.shifts_labels,
+                    autocast=run.autocast,
+                    device=run.device,
+                )
+                nll, tokens = run.sum_over_ranks(sums).tolist()
+                self.history.add(name, run.step, nll / max(tokens, 1), int(tokens))
+        run.log(self.history.scalars())
+        run.trace("probe", losses=self.history.scalars(), seconds=round(time.perf_counter() - began, 3))
+        if run.is_main:
+            self._write()
+        self._judge(control)
+
+    def _batches(self, dataset: Any) -> Iterator[dict[str, Any]]:
+        """This rank's part of the set; ranks that have fewer batches repeat one with no weight, to keep in step."""
+        run = self.run
+        if run is None:
+            return
+        rank, ranks = run.ranks
+        rows = data.sample_rows(len(dataset), self.config.max_samples)
+        size = self.config.batch_size or run.trainer.args.per_device_eval_batch_size
+        batches = [rows[at : at + size] for at in range(0, len(rows), size)]
+        for turn in range(-(-len(batches) // ranks)):
+            number = turn * ranks + rank
+            batch = run.collate_rows(dataset, batches[min(number, len(batches) - 1)])
+            batch["weight"] = 1.0 if number < len(batches) else 0.0
+            yield batch
+
+    def _judge(self, control: Any) -> None:
+        run = self.run
+        if run is None:
+            return
+        for name, threshold in self.alert_if.items():
+            if self.history.rise(name) > threshold and name not in self._alerted:
+                self._alerted.append(name)
+                run.trace("alert", set=name, rise=self.history.rise(name), threshold=threshold)
+                run.say(
+                    f"alert: the loss on {name} has risen by {self.history.rise(name):.3f} nats since step 0 "
+                    f"(alert_if: {threshold:g})",
+                    logging.WARNING,
+                )
+        for name, threshold in self.stop_if.items():
+            if self.history.rise(name) > threshold and not control.should_training_stop:
+                control.should_training_stop = True
+                control.should_save = control.should_save or run.trainer.args.save_strategy != "no"
+                run.trace("stop", set=name, rise=self.history.rise(name), threshold=threshold)
+                run.say(
+                    f"stopping: the loss on {name} has risen by {self.history.rise(name):.3f} nats since step 0 "
+                    f"(stop_if: {threshold:g})",
+                    logging.WARNING,
+                )
+
+    def _write(self) -> None:
+        if self.run is None:
+            return
+        folder = Path(self.run.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / "forgetting.json.tmp"
+        temporary.write_text(json.dumps(self.history.to_json(), indent=1), encoding="utf-8")
+        temporary.replace(folder / "forgetting.json")
+
+
+def _thresholds(name: str, given: Mapping[str, float] | None, sets: Mapping[str, Any]) -> dict[str, float]:
+    for key, value in (given or {}).items():
+        if key not in sets:
+            raise ValueError(f"{name}: {key!r} is not one of the sets {sorted(sets)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"{name}[{key!r}] must be a positive rise in nats, got {value!r}")
+    return {key: float(value) for key, value in (given or {}).items()}

@@ -1,0 +1,149 @@
+"""Re-warming: bring the learning rate back up, then down again, so that a trained model can learn a new domain."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from typing import Any, cast
+
+from torch.optim.lr_scheduler import LambdaLR
+
+from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
+from hf_pretrain_ext.say import say
+from hf_pretrain_ext.schedules import LRSchedule, RewarmConfig
+from hf_pretrain_ext.trainer import lambda_lr, relative_rate
+
+__all__ = ["RewarmCallback"]
+
+
+class RewarmCallback(TrainerPlugin):
+    """Re-warms and re-decays the learning rate (Gupta et al., 2023; Ibrahim et al., 2024, section 3).
+
+        lr(t) = start + (peak − start) · t / W                                 t ≤ W
+        lr(t) = min + (peak − min)/2 · (1 + cos(π (t − W)/(T − W)))            W < t ≤ T, clamped after T
+
+    Groups whose rate is `args.learning_rate` get these rates; groups with other rates keep their ratio to it. Works
+    in a plain `Trainer` too; with `extend` a resume also checks that the plan is the one that was interrupted.
+
+    Args:
+        peak_lr (`float`): peak learning rate; the paper's advice is the peak of the pre-training.
+        schedule (`str`, *optional*, defaults to `"cosine"`): the shape.
+        warmup (`int`, `float` or `str`, *optional*, defaults to `0.01`): W: steps as an int, a fraction of the run as
+            a float below 1, or a string with a unit (`"500 steps"`, `"2%"`). 1 % in the paper; 0 to 2 % end alike.
+        min_lr (`float` or `str`, *optional*, defaults to `"10%"`): final rate, absolute or relative to the peak.
+        start_lr (`float` or `str`, *optional*, defaults to `0.0`): rate at step 0, absolute or relative to the peak.
+        total_steps (`int`, *optional*): T; defaults to the length of the run. May be longer than the run.
+        allow_no_effect (`bool`, *optional*, defaults to `False`): accept settings that change nothing.
+
+    Raises:
+        `ValueError`: at construction, settings that no run could use; the message names the setting.
+        [`PluginError`]: at `extend`, settings that this run cannot use.
+
+    Example:
+
+    >>> from hf_pretrain_ext.callbacks import RewarmCallback
+    >>> schedule = RewarmCallback(peak_lr=3e-4).schedule(args=None, total_steps=1000)
+    >>> schedule(10), schedule(1000)
+    (0.0003, 3e-05)
+    """
+
+    name = "rewarm"
+    needs_extend = False
+    resume = "exact"
+    distributed = {"ddp": "exact", "fsdp2": "untested", "zero2": "untested", "zero3": "untested"}
+
+    def __init__(
+        self,
+        peak_lr: float,
+        *,
+        schedule: str = "cosine",
+        warmup: int | float | str = 0.01,
+        min_lr: float | str = "10%",
+        start_lr: float | str = 0.0,
+        total_steps: int | None = None,
+        allow_no_effect: bool = False,
+    ):
+        self.config = RewarmConfig(
+            peak_lr=peak_lr,
+            schedule=schedule,
+            warmup=cast(str, warmup),
+            min_lr=cast(str, min_lr),
+            start_lr=cast(str, start_lr),
+            total_steps=total_steps,
+        )
+        self.allow_no_effect = allow_no_effect
+        # A trial build finds what is wrong whatever the length of the run; a length in steps is judged at `extend`.
+        self.config.build(total_steps or 1_000_000_000)
+
+    def schedule(self, args: Any, total_steps: int) -> LRSchedule:
+        return self.config.build(total_steps)
+
+    def settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.config)
+
+    def check(self, setup: Setup) -> Iterable[Problem]:
+        if setup.args.learning_rate <= 0:
+            yield Problem(
+                self.name,
+                f"learning_rate={setup.args.learning_rate} of the TrainingArguments is the rate that peak_lr scales",
+                "Set learning_rate to the rate of the main parameter group, usually peak_lr.",
+            )
+        if setup.total_steps is None:
+            return
+        try:
+            schedule = self.config.build(setup.total_steps)
+        except ValueError as error:
+            yield Problem(self.name, f"in a run of {setup.total_steps} steps, {error}", "Shorten it, or train longer.")
+            return
+        if schedule.total_steps > setup.total_steps:
+            yield Problem(
+                self.name,
+                f"the schedule has {schedule.total_steps} steps, the run {setup.total_steps}: it stops at a learning "
+                f"rate of {schedule(setup.total_steps):.3g} instead of {schedule(schedule.total_steps):.3g}",
+                "Leave total_steps out to fit the run, if that is not meant.",
+                level="note",
+            )
+        rates = {schedule(step) for step in range(min(setup.total_steps, 1000))} | {schedule(setup.total_steps)}
+        host = str(getattr(setup.args.lr_scheduler_type, "value", setup.args.lr_scheduler_type))
+        if rates == {setup.args.learning_rate} and host == "constant" and not self.allow_no_effect:
+            yield Problem(
+                self.name,
+                f"would change nothing: the rate is {setup.args.learning_rate:g} with and without it",
+                "Raise peak_lr, or pass allow_no_effect=True.",
+            )
+
+    def describe(self) -> list[str]:
+        schedule = self.run.lr_schedule if self.run else None
+        return [f"{self.name}: {line}" for line in schedule.describe()] if schedule else []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.run is None:
+            self._replace(args, state, kwargs["optimizer"], kwargs["lr_scheduler"])
+
+    def _replace(self, args: Any, state: Any, optimizer: Any, scheduler: Any) -> None:
+        """In a plain Trainer: the host's scheduler keeps its count of steps and is given our function."""
+        if not isinstance(scheduler, LambdaLR):
+            raise TypeError(
+                f"RewarmCallback in a plain Trainer needs a LambdaLR scheduler, got {type(scheduler).__name__}. "
+                "Use `extend(trainer)`, or an lr_scheduler_type such as 'constant'."
+            )
+        schedule = self.config.build(state.max_steps)
+        ours = lambda_lr(optimizer, schedule, args.learning_rate)
+        scheduler.lr_lambdas = ours.lr_lambdas
+        # Building `ours` wrote step-0 rates into the groups; these are the rates of the step that comes next.
+        rates = [
+            base * relative_rate(scheduler.last_epoch, schedule, args.learning_rate) for base in scheduler.base_lrs
+        ]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+        if state.is_world_process_zero:
+            say("\n".join(f"{self.name}: {line}" for line in schedule.describe()))
+            if state.global_step:
+                say(
+                    "rewarm: a plain Trainer does not tell callbacks what it resumes; `extend(trainer)` would check "
+                    "that this plan is the one that was interrupted",
+                    logging.WARNING,
+                )

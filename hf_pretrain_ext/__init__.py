@@ -1,0 +1,54 @@
+"""Plug-ins for continuing the pre-training of Hugging Face models.
+
+Importing the package costs nothing: every public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hf_pretrain_ext._version import __version__
+
+if TYPE_CHECKING:
+    from hf_pretrain_ext.plan import SamplePlan, Source
+    from hf_pretrain_ext.plugin import PluginError, Problem, TrainerPlugin
+    from hf_pretrain_ext.trace import read_trace
+    from hf_pretrain_ext.trainer import PlanConfig, PluginTrainerMixin, extend
+
+__all__ = [
+    "PlanConfig",
+    "PluginError",
+    "PluginTrainerMixin",
+    "Problem",
+    "SamplePlan",
+    "Source",
+    "TrainerPlugin",
+    "__version__",
+    "extend",
+    "read_trace",
+]
+
+_HOMES = {
+    "PlanConfig": "trainer",
+    "PluginError": "plugin",
+    "PluginTrainerMixin": "trainer",
+    "Problem": "plugin",
+    "SamplePlan": "plan",
+    "Source": "plan",
+    "TrainerPlugin": "plugin",
+    "extend": "trainer",
+    "read_trace": "trace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,108 @@
+"""The private parts of transformers and TRL that the package leans on, in one place.
+
+Each is here because no public one does the job; `tests/test_host.py` fails when upstream renames or reshapes one.
+
+Overridden in `PluginTrainerMixin`:
+    Trainer._maybe_log_save_evaluate   the only moment after the host's log line and before its save
+    Trainer._save_checkpoint           the SIGTERM checkpoint calls it directly; `on_save` comes after push and pruning
+    Trainer._save_rng_state            the last file that every rank writes: the barrier before the manifest goes here
+Called or read here:
+    Trainer._remove_unused_columns, Trainer._get_collator_with_removed_columns   what the host does to its own dataset
+    Trainer._loss_shifts_labels        whether labels are shifted inside the model
+    Trainer._created_lr_scheduler      that the scheduler is the Trainer's own, to be rebuilt by a second train()
+    Trainer._globalstep_last_logged    whether a log line is due
+    Trainer._train_batch_size          samples a rank and micro-batch, DataParallel included
+    SFTTrainer._prepare_dataset, ._formatting_func, ._skip_prepare_dataset       how TRL prepares a dataset
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = [
+    "PRIVATE",
+    "claim_scheduler",
+    "embeddings",
+    "has_own_scheduler",
+    "log_is_due",
+    "prepare_dataset",
+    "shifts_labels",
+    "strip_columns",
+    "train_batch_size",
+]
+
+PRIVATE = {
+    "Trainer": (
+        "_maybe_log_save_evaluate",
+        "_save_checkpoint",
+        "_save_rng_state",
+        "_remove_unused_columns",
+        "_get_collator_with_removed_columns",
+    ),
+    "SFTTrainer": ("_prepare_dataset",),
+}
+
+
+def strip_columns(
+    trainer: Any, datasets: list[Any], collator: Callable[[list[Any]], Any]
+) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Datasets and collator without the columns that the model's forward does not name, as the host does it."""
+    import datasets as hf_datasets
+
+    stripped, others = [], False
+    for dataset in datasets:
+        if isinstance(dataset, hf_datasets.Dataset):
+            stripped.append(trainer._remove_unused_columns(dataset, description="training"))
+        else:
+            stripped.append(dataset)
+            others = True
+    if others:
+        collator = trainer._get_collator_with_removed_columns(collator, description="training")
+    return stripped, collator
+
+
+def shifts_labels(trainer: Any) -> bool:
+    return bool(trainer._loss_shifts_labels)
+
+
+def has_own_scheduler(trainer: Any) -> bool:
+    """Whether the user gave the Trainer a scheduler object."""
+    return trainer.lr_scheduler is not None and not trainer._created_lr_scheduler
+
+
+def claim_scheduler(trainer: Any) -> None:
+    """Marks the scheduler as made by the Trainer, so that the next `train()` makes a new one."""
+    trainer._created_lr_scheduler = True
+
+
+def log_is_due(trainer: Any) -> bool:
+    return bool(trainer.control.should_log and trainer.state.global_step > trainer._globalstep_last_logged)
+
+
+def train_batch_size(trainer: Any) -> int:
+    return int(trainer._train_batch_size)
+
+
+def prepare_dataset(trainer: Any, dataset: Any, name: str, training: bool) -> Any:
+    """`dataset` as the trainer prepares its own: TRL tokenizes, truncates and packs; a plain Trainer does nothing."""
+    import datasets as hf_datasets
+
+    prepare = getattr(trainer, "_prepare_dataset", None)
+    if prepare is None or getattr(trainer, "_skip_prepare_dataset", False):
+        return dataset
+    if not isinstance(dataset, hf_datasets.Dataset):
+        return dataset
+    args = trainer.args
+    packing = args.packing if training or args.eval_packing is None else args.eval_packing
+    return prepare(dataset, trainer.processing_class, args, packing, trainer._formatting_func, name)
+
+
+def embeddings(model: Any) -> int | None:
+    """Rows of the model's input embedding: token ids must lie below."""
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    number = getattr(table, "num_embeddings", None)
+    return int(number) if number else getattr(getattr(model, "config", None), "vocab_size", None)

@@ -1,0 +1,195 @@
+"""What the package keeps in a checkpoint: `checkpoint-N/hf_pretrain_ext/`, state in JSON and a manifest written last.
+
+The manifest lists size and hash of every file of the checkpoint, the host's own included, so that a checkpoint cut
+short, truncated or altered is recognised before anything is loaded from it. Knows files, not the Trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hf_pretrain_ext.trace import plain, versions
+
+__all__ = ["STATE_FOLDER", "CheckpointError", "find_faults", "last_complete_checkpoint", "read_state", "write_state"]
+
+STATE_FOLDER = "hf_pretrain_ext"
+_STATE = "state.json"
+_MANIFEST = "manifest.json"
+_FORMAT = 1
+# The SIGTERM checkpoint keeps this file while it saves and removes it afterwards.
+_SENTINEL = "checkpoint-is-incomplete.txt"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be resumed; the message says why and what can be done."""
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Writes to a temporary name, syncs and renames: afterwards there is the old file or the whole new one."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(plain(content), file, ensure_ascii=False, allow_nan=False, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _hash(path: Path) -> str:
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _files(checkpoint: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(checkpoint.rglob("*")):
+        name = path.relative_to(checkpoint).as_posix()
+        if path.is_file() and name not in (_SENTINEL, f"{STATE_FOLDER}/{_MANIFEST}"):
+            yield name, path
+
+
+def invalidate(checkpoint: str | Path) -> None:
+    """Removes the manifest of a checkpoint that is about to be written again: until the new one, it is incomplete."""
+    (Path(checkpoint) / STATE_FOLDER / _MANIFEST).unlink(missing_ok=True)
+
+
+def write_state(checkpoint: str | Path, state: dict[str, Any]) -> None:
+    """Writes `state` (JSON types) and then the manifest of the whole checkpoint."""
+    folder = Path(checkpoint) / STATE_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    invalidate(checkpoint)
+    _write_json(folder / _STATE, state)
+    files = {name: {"size": path.stat().st_size, "xxh3_128": _hash(path)} for name, path in _files(Path(checkpoint))}
+    _write_json(folder / _MANIFEST, {"format": _FORMAT, "versions": versions(), "files": files})
+
+
+def find_faults(checkpoint: str | Path) -> list[str]:
+    """Why a checkpoint is not complete, one line a fault; empty if it is.
+
+    Files added later (a model card, say) are no fault; missing, truncated or altered ones are.
+    """
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        return ["there is no such folder"]
+    manifest_path = checkpoint / STATE_FOLDER / _MANIFEST
+    if not manifest_path.is_file():
+        if not any(checkpoint.iterdir()):
+            return ["the folder is empty"]
+        if (checkpoint / STATE_FOLDER).is_dir():
+            return ["its save did not finish (no manifest)"]
+        return [f"it has no {STATE_FOLDER}/{_MANIFEST}: it was not written by a Trainer with plug-ins"]
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+        form = manifest["format"]
+        expected = {str(name): (int(entry["size"]), str(entry["xxh3_128"])) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        return [f"{STATE_FOLDER}/{_MANIFEST} cannot be read ({type(error).__name__}: {error})"]
+    if form != _FORMAT:
+        return [f"its manifest has format {form!r}; this version reads format {_FORMAT}"]
+    faults = []
+    for name, (size, digest) in expected.items():
+        path = checkpoint / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            faults.append(f"its manifest names a file outside the checkpoint: {name!r}")
+        elif not path.is_file():
+            faults.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            faults.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
+        elif _hash(path) != digest:
+            faults.append(f"{name} was altered (its hash differs)")
+    if f"{STATE_FOLDER}/{_STATE}" not in expected:
+        faults.append(f"its manifest does not list {STATE_FOLDER}/{_STATE}")
+    return faults
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest complete checkpoint in `output_dir`, and those newer than it with the fault that ruled them out."""
+    skipped: list[tuple[Path, str]] = []
+    if not Path(output_dir).is_dir():
+        return None, skipped
+    numbered = [(int(m.group(1)), p) for p in Path(output_dir).iterdir() if (m := _CHECKPOINT.fullmatch(p.name))]
+    for _, path in sorted(numbered, reverse=True):
+        faults = find_faults(path)
+        if not faults:
+            return path, skipped
+        skipped.append((path, faults[0]))
+    return None, skipped
+
+
+def resolve(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> tuple[str | None, list[str]]:
+    """The folder to resume from, or None, and lines that say what was skipped.
+
+    Raises:
+        `CheckpointError`: no complete checkpoint to be found, or an explicit path that is not complete.
+    """
+    if resume_from_checkpoint is None or resume_from_checkpoint is False:
+        return None, []
+    newest, skipped = last_complete_checkpoint(output_dir)
+    lines = [f"skipped {path.name}: {fault}" for path, fault in skipped]
+    if resume_from_checkpoint is True:
+        if newest is None:
+            found = "\n".join(f"  {line}" for line in lines) or "  it holds no checkpoints"
+            raise CheckpointError(f"no complete checkpoint to resume from in {output_dir}:\n{found}")
+        return str(newest), lines
+    faults = find_faults(resume_from_checkpoint)
+    if faults:
+        # The folder beside the one named is where its run kept the others.
+        beside, _ = last_complete_checkpoint(Path(resume_from_checkpoint).resolve().parent)
+        newest = beside or newest
+        advice = f"The newest complete checkpoint is {newest}." if newest else "There is no complete checkpoint."
+        raise CheckpointError(
+            f"cannot resume from {resume_from_checkpoint}: {'; '.join(faults)}. {advice} To start a new run from its "
+            "weights instead, load the model from that folder and call train() without resume_from_checkpoint."
+        )
+    return str(resume_from_checkpoint), []
+
+
+def read_state(checkpoint: str | Path) -> dict[str, Any]:
+    """The state that `write_state` saved in a complete checkpoint."""
+    state = json.loads((Path(checkpoint) / STATE_FOLDER / _STATE).read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{checkpoint}/{STATE_FOLDER}/{_STATE} does not hold an object")
+    return state
+
+
+def differences(saved: Any, now: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, one line a place: `path: saved → now`.
+
+    Example:
+
+    >>> differences({"a": 1, "b": [1, 2]}, {"a": 1, "b": [1, 3]})
+    ['b[1]: 2 → 3']
+    """
+    if isinstance(saved, dict) and isinstance(now, dict):
+        lines = []
+        for key in sorted({*saved, *now}):
+            place = f"{path}.{key}" if path else str(key)
+            if key not in saved:
+                lines.append(f"{place}: absent → {now[key]!r}")
+            elif key not in now:
+                lines.append(f"{place}: {saved[key]!r} → absent")
+            else:
+                lines.extend(differences(saved[key], now[key], place))
+        return lines
+    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        return [
+            line
+            for number, pair in enumerate(zip(saved, now, strict=True))
+            for line in differences(*pair, f"{path}[{number}]")
+        ]
+    return [] if saved == now else [f"{path}: {saved!r} → {now!r}"]

@@ -1,0 +1,134 @@
+"""Pure functions over a list of plug-ins: what is wrong with it, and in which order it takes effect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hf_pretrain_ext import _host
+from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin, overrides
+
+__all__ = ["find_problems", "in_order"]
+
+_OWNED = {"schedule": "the learning-rate schedule", "optimizer": "the optimizer"}
+
+
+def in_order(plugins: Sequence[TrainerPlugin]) -> list[TrainerPlugin]:
+    """The plug-ins by declared need (`after`), then by name: the order in which they were typed does not matter.
+
+    Raises:
+        `ValueError`: the needs contradict each other.
+
+    Example:
+
+    >>> class A(TrainerPlugin): name, after = "a", ("b",)
+    >>> class B(TrainerPlugin): name = "b"
+    >>> [plugin.name for plugin in in_order([A(), B()])]
+    ['b', 'a']
+    """
+    waiting = sorted(plugins, key=lambda plugin: plugin.name)
+    ordered: list[TrainerPlugin] = []
+    while waiting:
+        names = {plugin.name for plugin in waiting}
+        free = next((plugin for plugin in waiting if not names.intersection(plugin.after)), None)
+        if free is None:
+            raise ValueError(f"plug-ins wait for each other: {sorted(names)}")
+        waiting.remove(free)
+        ordered.append(free)
+    return ordered
+
+
+def find_problems(setup: Setup) -> list[Problem]:
+    """Every problem of the set-up, notes included, from the list as a whole and from each plug-in's own `check`."""
+    problems = [*_list_problems(setup.plugins), *_host_problems(setup)]
+    for plugin in setup.plugins:
+        problems.extend(plugin.check(setup))
+    return problems
+
+
+def _list_problems(plugins: Sequence[TrainerPlugin]) -> list[Problem]:
+    problems = []
+    names = [plugin.name for plugin in plugins]
+    for plugin in plugins:
+        if not plugin.name:
+            problems.append(Problem(type(plugin).__name__, "has no name", "Set the class attribute `name`."))
+    for name in sorted({name for name in names if name and names.count(name) > 1}):
+        problems.append(
+            Problem(name, f"is there {names.count(name)} times", "Keep one; settings of both belong into it.")
+        )
+    for method, what in _OWNED.items():
+        owners = [plugin.name for plugin in plugins if overrides(plugin, method)]
+        if len(set(owners)) > 1:
+            problems.append(Problem(" and ".join(owners), f"both own {what}", "Keep one of them."))
+    for plugin in plugins:
+        for other in plugin.conflicts:
+            if other in names:
+                problems.append(Problem(plugin.name, f"cannot run together with {other}", "Remove one of the two."))
+    try:
+        in_order(plugins)
+    except ValueError as error:
+        problems.append(Problem("order", str(error), "Report this to the authors of these plug-ins."))
+    return problems
+
+
+def _host_problems(setup: Setup) -> list[Problem]:
+    problems = []
+    trainer, args = setup.trainer, setup.args
+    names = {method: _owner_names(setup.plugins, method) for method in ("schedule", "optimizer", "wrap_plan")}
+    if names["schedule"] and _host.has_own_scheduler(trainer):
+        problems.append(
+            Problem(
+                names["schedule"],
+                f"the Trainer was given its own scheduler ({type(trainer.lr_scheduler).__name__}), which would win",
+                "Build the Trainer with `optimizers=(optimizer, None)` or without `optimizers`.",
+            )
+        )
+    if names["optimizer"] and setup.given_optimizer:
+        problems.append(
+            Problem(
+                names["optimizer"],
+                "the Trainer was built with its own optimizer, which would win",
+                "Build the Trainer without `optimizers`.",
+            )
+        )
+    if names["wrap_plan"]:
+        problems.extend(_plan_problems(names["wrap_plan"], trainer, args))
+    return problems
+
+
+def _owner_names(plugins: Sequence[TrainerPlugin], method: str) -> str:
+    return ", ".join(plugin.name for plugin in plugins if overrides(plugin, method))
+
+
+def _plan_problems(who: str, trainer: Any, args: Any) -> list[Problem]:
+    from torch.utils.data import IterableDataset
+
+    problems = []
+
+    def add(message: str, fix: str) -> None:
+        problems.append(Problem(who, message, fix))
+
+    dataset = trainer.train_dataset
+    if dataset is None:
+        add("the Trainer has no train_dataset", "Pass `train_dataset=` to the Trainer.")
+    elif isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        add(
+            f"the train_dataset is a stream ({type(dataset).__name__}), whose rows cannot be looked up by number",
+            "Use a map-style dataset (`datasets.Dataset`).",
+        )
+    elif len(dataset) == 0:
+        add("the train_dataset is empty", "Pass a dataset with at least one row.")
+    strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
+    if strategy != "random":
+        fix = "Set `train_sampling_strategy='random'`"
+        if strategy == "sequential":
+            fix += " and pass `plan=PlanConfig(order='original')` to `extend` to keep the rows in order"
+        add(f"train_sampling_strategy={strategy!r} would reorder what the sample plan decides", fix + ".")
+    accelerator_config = args.accelerator_config
+    if getattr(accelerator_config, "split_batches", False):
+        add("accelerator_config.split_batches=True changes which rank sees which sample", "Set it to False.")
+    if getattr(accelerator_config, "dispatch_batches", None):
+        add("accelerator_config.dispatch_batches=True reads all data on one rank", "Leave it at None.")
+    if args.auto_find_batch_size:
+        add("auto_find_batch_size would change the global batch of the plan", "Set a batch size that fits.")
+    return problems

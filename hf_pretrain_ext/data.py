@@ -1,0 +1,116 @@
+"""A look at samples of the data before training: columns, token ids, lengths, tokenizer identity, overlap."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_pretrain_ext.plan.counter import derive_key, random_words
+from hf_pretrain_ext.plan.permutation import feistel
+
+__all__ = ["columns", "id_range", "ngram_hashes", "overlap", "sample_rows", "tokenizer_fingerprint"]
+
+SAMPLE = 1_000
+"""Rows that a check looks at (DESIGN: 1,000 sampled rows at `extend`)."""
+
+
+def columns(dataset: Any) -> set[str]:
+    """Names of the columns of a map-style dataset; of its first row where it has no schema."""
+    names = getattr(dataset, "column_names", None)
+    if names is not None:
+        return set(names)
+    first = dataset[0]
+    return set(first) if isinstance(first, Mapping) else set()
+
+
+def sample_rows(num_rows: int, size: int = SAMPLE, seed: int = 0) -> list[int]:
+    """At most `size` row numbers, without repeats, keyed by `seed`, in rising order.
+
+    Example:
+
+    >>> sample_rows(3), len(sample_rows(10**9, 5))
+    ([0, 1, 2], 5)
+    """
+    if num_rows <= size:
+        return list(range(num_rows))
+    chosen = feistel(derive_key(seed, "sample rows"), np.arange(size), num_rows)
+    return sorted(chosen.tolist())
+
+
+def token_rows(dataset: Any, rows: Sequence[int]) -> list[NDArray[np.int64]]:
+    """The `input_ids` of some rows, as int64 arrays; rows without that column are left out."""
+    if hasattr(dataset, "with_format") and "input_ids" in columns(dataset):
+        found: Iterable[Any] = dataset.select_columns(["input_ids"]).with_format("numpy")[list(rows)]["input_ids"]
+    else:
+        items = [dataset[row] for row in rows]
+        found = [item["input_ids"] for item in items if isinstance(item, Mapping) and "input_ids" in item]
+    return [np.asarray(ids, dtype=np.int64).reshape(-1) for ids in found]
+
+
+def id_range(rows: Sequence[NDArray[np.int64]]) -> tuple[int, int] | None:
+    """Smallest and largest token id in `rows`, None where there are no tokens."""
+    full = [ids for ids in rows if ids.size]
+    if not full:
+        return None
+    return min(int(ids.min()) for ids in full), max(int(ids.max()) for ids in full)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of a tokenizer's vocabulary: equal for tokenizers that give every token the same id.
+
+    `tokenizer` is anything with `get_vocab()`, a processor holding one, or a path or name for `AutoTokenizer`.
+    """
+    if isinstance(tokenizer, str):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    digest = hashlib.blake2b(digest_size=16)
+    for token, number in vocabulary:
+        digest.update(f"{number}\x00{token}\x01".encode())
+    return digest.hexdigest()
+
+
+def ngram_hashes(rows: Sequence[NDArray[np.int64]], n: int = 13) -> NDArray[np.uint64]:
+    """Sorted distinct hashes of all `n`-grams of token ids in `rows`.
+
+    Example:
+
+    >>> ngram_hashes([np.arange(14)], n=13).shape
+    (2,)
+    """
+    parts = []
+    for ids in rows:
+        if len(ids) < n:
+            continue
+        hashed = random_words(0, ids)
+        total = np.zeros(len(ids) - n + 1, dtype=np.uint64)
+        for offset in range(n):
+            total *= np.uint64(0x100000001B3)
+            total += hashed[offset : offset + len(total)]
+        parts.append(random_words(1, total))
+    return np.unique(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.uint64)
+
+
+def overlap(
+    held_out: Sequence[NDArray[np.int64]], other: Sequence[NDArray[np.int64]], n: int = 13
+) -> tuple[float, float]:
+    """Share of held-out rows found whole in `other`, and share of held-out `n`-grams found there.
+
+    13-grams are what the GPT-3 report calls an overlap (Brown et al., 2020, appendix C).
+
+    Example:
+
+    >>> overlap([np.arange(20)], [np.arange(20)]), overlap([np.arange(20)], [np.arange(50, 90)])
+    ((1.0, 1.0), (0.0, 0.0))
+    """
+    whole = {ids.tobytes() for ids in other}
+    exact = sum(ids.tobytes() in whole for ids in held_out) / max(len(held_out), 1)
+    ours, theirs = ngram_hashes(held_out, n), ngram_hashes(other, n)
+    near = float(np.isin(ours, theirs, assume_unique=True).mean()) if ours.size and theirs.size else 0.0
+    return exact, near

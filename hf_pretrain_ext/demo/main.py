@@ -1,0 +1,275 @@
+"""The main job on real text: a small model, pre-trained on one domain, goes on to another in several arms.
+
+The arms differ only in plug-ins; the report says what each learned and what it forgot.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from hf_pretrain_ext import TrainerPlugin, extend
+from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
+from hf_pretrain_ext.demo.corpora import Corpus, english_prose, new_domain
+from hf_pretrain_ext.demo.tokenizer import blocks, encode_documents, train_tokenizer
+from hf_pretrain_ext.report.plots import forgetting_plot, have_matplotlib
+from hf_pretrain_ext.say import say
+from hf_pretrain_ext.trace import versions
+
+__all__ = ["DemoConfig", "run_demo"]
+
+
+@dataclass
+class DemoConfig:
+    """Settings of the demo, readable by `HfArgumentParser`. The defaults train 1.3 million parameters."""
+
+    output: str = field(default="demo_output", metadata={"help": "Folder for the results."})
+    domain: Literal["auto", "python", "german"] = field(
+        default="auto",
+        metadata={"help": "New domain: Python sources, or German manual pages (auto: where they are installed)."},
+    )
+    pretrain_steps: int = field(default=1_000, metadata={"help": "Optimizer steps on the old domain."})
+    steps: int = field(default=500, metadata={"help": "Optimizer steps on the new domain, in every arm."})
+    batch_size: int = field(default=16, metadata={"help": "Blocks an optimizer step."})
+    block_size: int = field(default=128, metadata={"help": "Tokens a block."})
+    vocabulary: int = field(default=4_096, metadata={"help": "Tokens of the byte-level BPE tokenizer."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
+    layers: int = field(default=4, metadata={"help": "Decoder layers."})
+    peak_lr: float = field(default=3e-3, metadata={"help": "Peak learning rate, of pre-training and of re-warming."})
+    heldout_rows: int = field(default=64, metadata={"help": "Blocks of each held-out set that a probe reads."})
+    seed: int = field(default=0, metadata={"help": "Seed of models, tokenizer order and plans."})
+    limit: int | None = field(default=None, metadata={"help": "Files a corpus, for quick looks; all by default."})
+
+
+@dataclass
+class Domain:
+    """A corpus as blocks of token ids."""
+
+    corpus: Corpus
+    train: Dataset
+    heldout: Dataset
+
+
+class _Bar(ProgressCallback):
+    """The host's progress bar without a line of numbers at every log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        return None
+
+
+def run_demo(config: DemoConfig) -> dict[str, Any]:
+    """Runs the demo into `config.output` and returns what `results.json` holds.
+
+    Writes `results.json`, `table.md`, `forgetting.json` and `forgetting.png` (all arms), a folder an arm with its own
+    `forgetting.json`, `trace.jsonl` and plot, and the adapted model with its tokenizer in `model/`.
+    """
+    began = time.perf_counter()
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer, old, new = _data(config, folder)
+    base, base_lr = _pretrain(config, folder, old, tokenizer)
+    arms: dict[str, Callable[[], list[TrainerPlugin]]] = {
+        "constant": list,
+        "re-warm": lambda: [RewarmCallback(config.peak_lr)],
+        "re-warm + 5 % replay": lambda: [RewarmCallback(config.peak_lr), ReplayCallback(old.train, ratio=0.05)],
+        "re-warm + 25 % replay": lambda: [RewarmCallback(config.peak_lr), ReplayCallback(old.train, ratio=0.25)],
+    }
+    rows = []
+    for number, (label, plugins) in enumerate(arms.items(), start=1):
+        say(f"arm {number} of {len(arms)}: {label}")
+        rows.append(_continue(config, folder, base, base_lr, label, plugins(), old, new))
+    best = min(rows[1:], key=lambda row: row["mean"])
+    _keep(folder, best, tokenizer)
+    results = {
+        "config": asdict(config),
+        "versions": versions(),
+        "old": old.corpus.description,
+        "new": new.corpus.description,
+        "tokens": {"old": old.train.num_rows * config.block_size, "new": new.train.num_rows * config.block_size},
+        "before": {"old": rows[0]["old_before"], "new": rows[0]["new_before"]},
+        "arms": rows,
+        "kept": best["arm"],
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    _write(folder, results)
+    return results
+
+
+def _data(config: DemoConfig, folder: Path) -> tuple[PreTrainedTokenizerFast, Domain, Domain]:
+    cache = folder / "cache"
+    say("reading the old domain: English prose")
+    old = english_prose(cache, config.limit)
+    new = new_domain(config.domain, cache, config.limit)
+    say(f"the new domain: {new.description}")
+    tokenizer = train_tokenizer((document.text for document in old.train), config.vocabulary)
+
+    def cut(corpus: Corpus) -> Domain:
+        train = blocks(encode_documents(tokenizer, [d.text for d in corpus.train]), config.block_size)
+        heldout = blocks(encode_documents(tokenizer, [d.text for d in corpus.heldout]), config.block_size)
+        return Domain(corpus, train, heldout)
+
+    return tokenizer, cut(old), cut(new)
+
+
+def _arguments(config: DemoConfig, output: Path, steps: int, lr: float) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        max_steps=steps,
+        learning_rate=lr,
+        lr_scheduler_type="constant",
+        adam_beta2=0.95,
+        weight_decay=0.1,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=config.seed,
+        logging_steps=max(steps // 20, 1),
+        save_strategy="no",
+        report_to=[],
+        dataloader_pin_memory=False,
+    )
+
+
+def _trainer(arguments: TrainingArguments, model: Any, train: Dataset, plugins: list[Any]) -> Any:
+    trainer = Trainer(model=model, args=arguments, train_dataset=train, data_collator=default_data_collator)
+    trainer.remove_callback(ProgressCallback)
+    return extend(trainer, _Bar(), *plugins)
+
+
+def _pretrain(config: DemoConfig, folder: Path, old: Domain, tokenizer: Any) -> tuple[Path, float]:
+    """The base model, and the learning rate that its pre-training ended with."""
+    set_seed(config.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=8 * config.hidden_size // 3,
+            num_hidden_layers=config.layers,
+            num_attention_heads=max(config.hidden_size // 32, 1),
+            max_position_embeddings=config.block_size,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    say(f"pre-training {model.num_parameters():,} parameters on the old domain for {config.pretrain_steps:,} steps")
+    arguments = _arguments(config, folder / "base", config.pretrain_steps, config.peak_lr)
+    trainer = _trainer(arguments, model, old.train, [RewarmCallback(config.peak_lr)])
+    trainer.train()
+    trainer.save_model(str(folder / "base" / "model"))
+    schedule = trainer.plugin_run.lr_schedule
+    return folder / "base" / "model", schedule(config.pretrain_steps)
+
+
+def _continue(
+    config: DemoConfig,
+    folder: Path,
+    base: Path,
+    base_lr: float,
+    label: str,
+    plugins: list[TrainerPlugin],
+    old: Domain,
+    new: Domain,
+) -> dict[str, Any]:
+    """One arm: the base model on the new domain with `plugins`; the arm without any goes on at the old final rate."""
+    output = folder / "arms" / "".join(c if c.isalnum() else "-" for c in label).strip("-").replace("---", "-")
+    (output / "trace.jsonl").unlink(missing_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    sets = {"old": old.heldout, "new": new.heldout}
+    probe = ForgettingCallback(sets, every=0.1, max_samples=config.heldout_rows)
+    arguments = _arguments(config, output, config.steps, config.peak_lr if plugins else base_lr)
+    trainer = _trainer(arguments, model, new.train, [probe, *plugins])
+    began = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - began
+    trainer.save_model(str(output / "model"))
+    figures: dict[str, Any] = probe.history.summary()
+    row = {
+        "arm": label,
+        "folder": output.relative_to(folder).as_posix(),
+        "old": figures["old"]["final"],
+        "new": figures["new"]["final"],
+        "mean": (figures["old"]["final"] + figures["new"]["final"]) / 2,
+        "old_before": figures["old"]["initial"],
+        "new_before": figures["new"]["initial"],
+        "gap_depth": figures["old"]["gap_depth"],
+        "tokens": config.steps * config.batch_size * config.block_size,
+        "counts": trainer.plugin_run.realised(),
+        "seconds": round(seconds, 1),
+        "forgetting": probe.history.to_json(),
+    }
+    del trainer, model
+    gc.collect()
+    return row
+
+
+def _keep(folder: Path, row: dict[str, Any], tokenizer: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / row["folder"] / "model")
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+
+LOADING = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+prompt = tokenizer("The file", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=30, do_sample=False)[0]))
+"""
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """The results as a Markdown table, losses in nats a token."""
+    lines = [
+        "| arm | old loss | new loss | mean | deepest gap (old) | tokens | seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    before = results["before"]
+    mean = (before["old"] + before["new"]) / 2
+    lines.append(f"| before | {before['old']:.3f} | {before['new']:.3f} | {mean:.3f} | | | |")
+    for row in results["arms"]:
+        lines.append(
+            f"| {row['arm']} | {row['old']:.3f} | {row['new']:.3f} | {row['mean']:.3f} | {row['gap_depth']:.3f} | "
+            f"{row['tokens']:,} | {row['seconds']:.0f} |"
+        )
+    return lines
+
+
+def _write(folder: Path, results: dict[str, Any]) -> None:
+    histories = {row["arm"]: row.pop("forgetting") for row in results["arms"]}
+    for row in results["arms"]:
+        if not all(math.isfinite(row[key]) for key in ("old", "new")):
+            raise FloatingPointError(f"arm {row['arm']} ended with a loss that is not finite: {row}")
+    (folder / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "forgetting.json").write_text(json.dumps(histories, indent=1, ensure_ascii=False), encoding="utf-8")
+    lines = table(results)
+    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if have_matplotlib():
+        forgetting_plot(histories, folder / "forgetting.png", title=f"{results['new']}")
+    loading = LOADING.format(folder=folder / "model")
+    (folder / "load.py").write_text(loading, encoding="utf-8")
+    print("\n" + "\n".join(lines))
+    print(f"\nheld-out losses in nats per token; {results['seconds']:.0f} s in all; results in {folder}/")
+    print(f"the arm kept in {folder}/model: {results['kept']}. To load it:\n\n{loading}")

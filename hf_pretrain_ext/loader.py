@@ -1,0 +1,177 @@
+"""From plan to batches: a dataset that looks rows up in the plan, a batch sampler of ranges, a counting collator.
+
+Only integers cross into workers: the sampler yields ranges of global sample indices and each worker asks its own copy
+of the plan what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, Dataset
+
+from hf_pretrain_ext.plan import Draws, SamplePlan
+from hf_pretrain_ext.rng import rng_guard
+
+__all__ = ["COUNTS", "DrawnFeatures", "PlanBatchSampler", "PlanCollator", "PlanDataset", "loss_tokens"]
+
+COUNTS = "hf_pretrain_ext_counts"
+"""Key of the counts in a batch: int64 `(sources, 3)`: samples, loss-bearing tokens, samples of unknown tokens."""
+
+
+class DrawnFeatures(list[Any]):
+    """The features of a micro-batch; `draws` says which draw of the plan each of them is."""
+
+    def __init__(self, features: Sequence[Any], draws: Draws):
+        super().__init__(features)
+        self.draws = draws
+
+
+class PlanDataset(Dataset[Any]):
+    """Map-style dataset of a plan: item i is the row that draw i names.
+
+    Args:
+        plan ([`SamplePlan`]): what is seen when.
+        datasets (`Sequence`): one map-style dataset a source.
+    """
+
+    def __init__(self, plan: SamplePlan, datasets: Sequence[Any]):
+        self.plan = plan
+        self.datasets = list(datasets)
+
+    def __len__(self) -> int:
+        return self.plan.epoch
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__(range(index, index + 1))[0]
+
+    def __getitems__(self, indices: range) -> DrawnFeatures:
+        draws = self.plan.draws(indices.start, indices.stop)
+        features: list[Any] = [None] * len(draws)
+        for k in np.unique(draws.source):
+            places = np.flatnonzero(draws.source == k)
+            rows = draws.row[places].tolist()
+            dataset = self.datasets[k]
+            items = dataset.__getitems__(rows) if hasattr(dataset, "__getitems__") else [dataset[row] for row in rows]
+            for place, item in zip(places, items, strict=True):
+                features[place] = item
+        return DrawnFeatures(features, draws)
+
+
+class PlanBatchSampler(BatchSampler):
+    """Ranges of global sample indices, one a micro-batch over all ranks; the host shards them over ranks.
+
+    Micro-batch m of step s on rank r holds the indices from ((s·A + m)·R + r)·B on, for R ranks and A accumulated
+    micro-batches of B, so that step s holds the same samples for every R and A with the same product.
+
+    Args:
+        batch_size (`int`): B, samples a rank and micro-batch.
+        batches (`int`): ranges an epoch, over all ranks; a multiple of R·A.
+        start (`Callable[[], int]`): the global index at which the epoch about to be iterated begins.
+    """
+
+    def __init__(self, batch_size: int, batches: int, start: Callable[[], int]):
+        self.batch_size = batch_size
+        # Every batch is whole, so the host's sharding need not loop back to the epoch's first samples.
+        self.drop_last = True
+        self.batches = batches
+        self.start = start
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[range]:  # type: ignore[override]  # ranges, where torch's annotation says lists
+        first, size = self.start(), self.batch_size
+        for number in range(self.batches):
+            at = first + number * size
+            yield range(at, at + size)
+
+
+class PlanCollator:
+    """Collates the features of a micro-batch as the wrapped collator does, checks their ids and counts their sources.
+
+    Random collators (masking, noise) draw from a generator keyed by the batch's first sample, so that what they do
+    depends on the position in the run and neither on workers nor on what ran before.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list[Any]], Any],
+        sources: Sequence[str],
+        vocabulary: int | None,
+        shifts_labels: bool,
+    ):
+        self.collator = collator
+        self.sources = list(sources)
+        self.vocabulary = vocabulary
+        self.shifts_labels = shifts_labels
+
+    def __call__(self, features: list[Any]) -> Any:
+        if not isinstance(features, DrawnFeatures):
+            raise TypeError(f"a plan's collator takes the features that a PlanDataset returns, got {type(features)}")
+        draws = features.draws
+        lengths = [_length(feature) for feature in features]
+        with rng_guard(int(draws.seed[0])):
+            batch = self.collator(features)
+        if not isinstance(batch, Mapping):
+            return batch
+        self._check_ids(batch.get("input_ids"), draws)
+        counts = np.zeros((len(self.sources), 3), dtype=np.int64)
+        np.add.at(counts[:, 0], draws.source, 1)
+        tokens = loss_tokens(batch, lengths, self.shifts_labels)
+        if tokens is None:
+            counts[:, 2] = counts[:, 0]
+        else:
+            np.add.at(counts[:, 1], draws.source, tokens)
+        batch[COUNTS] = torch.from_numpy(counts)  # type: ignore[index]  # collators return dicts or UserDicts
+        return batch
+
+    def _check_ids(self, ids: Any, draws: Draws) -> None:
+        if self.vocabulary is None or not isinstance(ids, torch.Tensor) or not ids.numel():
+            return
+        low, high = (int(value) for value in torch.aminmax(ids))
+        if low < 0 or high >= self.vocabulary:
+            names = ", ".join(self.sources[k] for k in np.unique(draws.source))
+            rows = ", ".join(str(row) for row in draws.row[:8])
+            raise ValueError(
+                f"a batch holds token id {low if low < 0 else high}, but the model has {self.vocabulary} embeddings. "
+                f"It was drawn from {names}, rows {rows}: tokenize that data with the model's own tokenizer."
+            )
+
+
+def _length(feature: Any) -> int | None:
+    ids = feature.get("input_ids") if isinstance(feature, Mapping) else None
+    return None if ids is None or not hasattr(ids, "__len__") else len(ids)
+
+
+def loss_tokens(batch: Mapping[str, Any], lengths: Sequence[int | None], shifts: bool) -> np.ndarray | None:
+    """Loss-bearing tokens of each feature of a collated batch, or None where that cannot be told.
+
+    Args:
+        batch (`Mapping`): with `labels` or `shift_labels` of shape `(batch, sequence)`, or `(1, sequence)` for
+            features flattened one after the other.
+        lengths (`Sequence[int]`): tokens of each feature before collation.
+        shifts (`bool`): whether the model predicts label t + 1 at position t, so that the first label bears no loss.
+
+    Example:
+
+    >>> labels = torch.tensor([[1, 2, 3, -100], [4, 5, 6, 7]])
+    >>> loss_tokens({"labels": labels}, [3, 4], shifts=True).tolist()
+    [2, 3]
+    """
+    labels = batch.get("shift_labels", batch.get("labels"))
+    if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
+        return None
+    bearing = labels.ne(-100)
+    if shifts and "shift_labels" not in batch:
+        bearing = bearing.clone()
+        bearing[:, 0] = False
+    if len(bearing) == len(lengths):
+        return bearing.sum(dim=1).numpy()
+    known = [length for length in lengths if length]
+    if len(bearing) == 1 and len(known) == len(lengths) and sum(known) == bearing.shape[1]:
+        return np.add.reduceat(bearing[0].numpy().astype(np.int64), np.cumsum([0, *known[:-1]]))
+    return None

@@ -1,0 +1,402 @@
+"""The sample plan: what is seen when, as a pure function of the global sample index.
+
+Draw i of a stage is `(source, row, phase, seed)`, from integer arithmetic on (plan, i) alone. Order therefore does not
+depend on workers, ranks or accumulation, a resume touches no data, and any slice can be looked at before training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_pretrain_ext.plan.counter import bounded, derive_key, random_words
+from hf_pretrain_ext.plan.mixture import MAX_WEIGHT, Schedule, integer_weights, quota_schedule
+from hf_pretrain_ext.plan.permutation import MAX_ROWS, PassOrder, shuffles
+
+__all__ = ["Draw", "Draws", "Order", "Phase", "SamplePlan", "Segment", "Source"]
+
+Order = Literal["shuffled", "original", "host"]
+MAX_WINDOW = 1 << 15
+_CHUNK = 1 << 15
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One draw: position in the run, source number, row in the source, phase number, 63-bit seed."""
+
+    index: int
+    source: int
+    row: int
+    phase: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A slice of a plan: arrays of one length. `number` is how many draws of that source came before the draw."""
+
+    index: NDArray[np.int64]
+    source: NDArray[np.uint8]
+    row: NDArray[np.int64]
+    phase: NDArray[np.uint8]
+    seed: NDArray[np.int64]
+    number: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, k: int) -> Draw:
+        return Draw(*(int(a[k]) for a in (self.index, self.source, self.row, self.phase, self.seed)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that a plan draws from.
+
+    Args:
+        name (`str`): unique in the plan; with the plan's seed it keys the order of the rows.
+        num_rows (`int`): 1 to 2^62.
+        order (`str`): `"shuffled"` (a new keyed permutation every pass), `"original"` (rows in order, every pass), or
+            `"host"` (the order of the Trainer's own random sampler: pass p is `torch.randperm` seeded with seed + p).
+        replayed (`bool`): whether the rows are old data, counted as replay in logs and reports.
+        dataset: what the rows are read from; not part of the plan's identity.
+    """
+
+    name: str
+    num_rows: int
+    order: Order = "shuffled"
+    replayed: bool = False
+    dataset: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_rows <= MAX_ROWS:
+            raise ValueError(f"source {self.name!r}: num_rows must lie in 1..2^62, got {self.num_rows}")
+        if self.order not in get_args(Order):
+            raise ValueError(f"source {self.name!r}: order must be one of {get_args(Order)}, got {self.order!r}")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """From draw `start` on, sources are mixed by integer `weights` (one a source, sum at most 2^16)."""
+
+    start: int
+    weights: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A named range `[start, stop)` of draws."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _CompiledSegment:
+    start: int
+    schedule: Schedule
+    before: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """Which row of which source is sample i of the run, for every i.
+
+    Args:
+        sources (`tuple[Source, ...]`): 1 to 255 sources with distinct names.
+        segments (`tuple[Segment, ...]`, *optional*): mixtures by start index; the first starts at 0. Defaults to the
+            first source alone.
+        seed (`int`): keys row orders, windows and per-sample seeds.
+        epoch (`int`, *optional*): draws in an epoch; defaults to the rows of the first source.
+        window (`int`): draws are permuted by key within windows of this many, so that no rank or micro-batch always
+            gets the same source. Every prefix that ends at a window's end is within one sample of each source's
+            share. The Trainer binding sets it to the global batch, which makes every optimizer step exact.
+        phases (`tuple[Phase, ...]`): disjoint named ranges; phase number 0 is "outside any", k is `phases[k - 1]`.
+
+    Raises:
+        `ValueError`: inconsistent sources, segments, phases or sizes.
+
+    Example:
+
+    >>> plan = SamplePlan((Source("new", 95), Source("old", 10**12, replayed=True)), (Segment(0, (19, 1)),), seed=7)
+    >>> draws = plan.draws(0, 100)
+    >>> int((draws.source == 1).sum())
+    5
+    >>> plan[3] == draws[3]
+    True
+    """
+
+    sources: tuple[Source, ...]
+    segments: tuple[Segment, ...] = ()
+    seed: int = 0
+    epoch: int = 0
+    window: int = 1
+    phases: tuple[Phase, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.sources) <= 255:
+            raise ValueError(f"a plan needs 1 to 255 sources, got {len(self.sources)}")
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"source names must be distinct, got {names}")
+        if not 1 <= self.window <= MAX_WINDOW:
+            raise ValueError(f"window must lie in 1..{MAX_WINDOW} draws, got {self.window}")
+        if not self.segments:
+            alone = (1,) + (0,) * (len(self.sources) - 1)
+            object.__setattr__(self, "segments", (Segment(0, alone),))
+        if not self.epoch:
+            object.__setattr__(self, "epoch", self.sources[0].num_rows)
+        self._check_segments()
+        last = 0
+        for phase in self.phases:
+            if not last <= phase.start < phase.stop:
+                raise ValueError(f"phases must be disjoint, in order and not empty, got {self.phases}")
+            last = phase.stop
+
+    def _check_segments(self) -> None:
+        if self.segments[0].start != 0:
+            raise ValueError(f"the first segment must start at draw 0, got {self.segments[0].start}")
+        for segment, following in zip(self.segments, (*self.segments[1:], None), strict=True):
+            if len(segment.weights) != len(self.sources):
+                raise ValueError(f"{segment} must hold one weight for each of the {len(self.sources)} sources")
+            if segment.start % self.window:
+                raise ValueError(f"{segment} must start at a multiple of the window of {self.window} draws")
+            if following is not None and following.start <= segment.start:
+                raise ValueError(f"segments must have rising starts, got {segment.start} then {following.start}")
+
+    # Building
+
+    def with_source(self, source: Source, share: float, epoch: int | None = None) -> SamplePlan:
+        """A plan that also draws from `source`: a fixed `share` in [0, 1) of all draws, in every segment.
+
+        The sources that were there keep their proportions among each other.
+
+        Example:
+
+        >>> plan = SamplePlan((Source("new", 100),)).with_source(Source("old", 50), share=0.25)
+        >>> plan.segments
+        (Segment(start=0, weights=(3, 1)),)
+        """
+        if not 0 <= share < 1:
+            raise ValueError(f"share must lie in [0, 1), got {share}")
+        part = Fraction(repr(float(share)))
+        segments = []
+        for segment in self.segments:
+            total = sum(segment.weights)
+            shares = [Fraction(weight, total) * (1 - part) for weight in segment.weights]
+            segments.append(Segment(segment.start, integer_weights([*shares, part], MAX_WEIGHT)))
+        return dataclasses.replace(
+            self, sources=(*self.sources, source), segments=tuple(segments), epoch=epoch or self.epoch
+        )
+
+    def with_phase(self, name: str, start: int, stop: int) -> SamplePlan:
+        """A plan with one more named phase, draws `start` to `stop` − 1."""
+        phases = sorted((*self.phases, Phase(name, start, stop)), key=lambda phase: phase.start)
+        return dataclasses.replace(self, phases=tuple(phases))
+
+    # Looking up
+
+    def __getitem__(self, index: int) -> Draw:
+        return self.draws(index, index + 1)[0]
+
+    def draws(self, start: int, stop: int) -> Draws:
+        """Draws `start` to `stop` − 1, vectorised: the same as single look-ups, millions a second."""
+        if not 0 <= start <= stop:
+            raise IndexError(f"draws({start}, {stop}): start and stop must be non-negative and in order")
+        # Chunks that stay in the processor's cache are twice as fast as one long array.
+        parts = [self._chunk(at, min(at + _CHUNK, stop)) for at in range(start, stop, _CHUNK)]
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            return self._chunk(start, start)
+        names = [field.name for field in dataclasses.fields(Draws)]
+        return Draws(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    def counts(self, stop: int) -> NDArray[np.int64]:
+        """How many of the first `stop` draws each source gets: shape `(sources,)`, int64."""
+        whole = stop - stop % self.window
+        compiled = self._segment_at(whole)
+        counts = compiled.before + compiled.schedule.counts(whole - compiled.start)
+        if whole < stop:
+            counts = counts + np.bincount(self.draws(whole, stop).source, minlength=len(self.sources))
+        return counts
+
+    def shares(self, index: int) -> NDArray[np.float64]:
+        """The share of each source in the mixture in force at draw `index`: shape `(sources,)`, sums to 1."""
+        weights = np.array(self._segment_at(index).schedule.weights, dtype=np.float64)
+        return weights / weights.sum()
+
+    def passes(self, stop: int) -> NDArray[np.float64]:
+        """How many times each source has been gone through after `stop` draws: shape `(sources,)`."""
+        return self.counts(stop) / np.array([source.num_rows for source in self.sources], dtype=np.float64)
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides the order, as JSON types: two plans with equal identities draw the same for ever."""
+        return {
+            "seed": self.seed,
+            "window": self.window,
+            "epoch": self.epoch,
+            "sources": [
+                {"name": s.name, "num_rows": s.num_rows, "order": s.order, "replayed": s.replayed}
+                for s in self.sources
+            ],
+            "segments": [{"start": s.start, "weights": list(s.weights)} for s in self.segments],
+            "phases": [{"name": p.name, "start": p.start, "stop": p.stop} for p in self.phases],
+        }
+
+    # Internals
+
+    def _chunk(self, start: int, stop: int) -> Draws:
+        # Whole windows are looked up: which positions of a window a source gets depends on all of it.
+        before, after = start % self.window, -stop % self.window
+        index = np.arange(start - before, stop + after, dtype=np.int64)
+        source, number = self._mixed(index)
+        kept = slice(before, len(index) - after)
+        index, source, number = index[kept], source[kept], number[kept]
+        row = np.empty(len(index), dtype=np.int64)
+        if len(self.sources) == 1:
+            row = self._rows(0, number)
+        else:
+            for k in np.flatnonzero(np.bincount(source, minlength=len(self.sources))):
+                mask = source == k
+                row[mask] = self._rows(int(k), number[mask])
+        seed = (random_words(self._keys["sample"], index) >> np.uint64(1)).astype(np.int64)
+        return Draws(index, source, row, self._phase(index), seed, number)
+
+    def _mixed(self, index: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Source and per-source number of the draws `index`, a run of whole windows."""
+        position = self._permuted(index)
+        source = np.empty(len(index), dtype=np.uint8)
+        number = np.empty(len(index), dtype=np.int64)
+        if not len(index):
+            return source, number
+        start, stop = int(index[0]), int(index[-1]) + 1
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        for compiled in self._compiled[first:]:
+            if compiled.start >= stop:
+                break
+            # Segments start at window ends, so a window's permutation never crosses one.
+            piece = slice(max(compiled.start - start, 0), None)
+            source[piece], number[piece] = compiled.schedule.look_up(position[piece] - compiled.start)
+            number[piece] += compiled.before[source[piece]]
+        if self.window > 1:
+            # The permutation moves sources, not the order within one: its draws are numbered as they come.
+            for k in np.flatnonzero(np.bincount(source, minlength=len(self.sources))):
+                mask = source == k
+                numbers = number[mask]
+                number[mask] = np.arange(int(numbers.min()), int(numbers.min()) + len(numbers))
+        return source, number
+
+    def _permuted(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        if self.window == 1:
+            return index
+        which = index // self.window
+        offset = index - which * self.window
+        # One word a window: its upper half turns the window, its lower bits choose a stored permutation.
+        first = int(which[0]) if len(which) else 0
+        words = random_words(self._keys["window"], np.arange(first, int(which[-1]) + 1 if len(which) else first))
+        table = self._window_tables
+        turn = bounded(words, self.window).astype(np.int64)[which - first]
+        choice = (words & np.uint64(len(table) - 1)).astype(np.int64)[which - first]
+        moved = table[choice, offset] + turn
+        moved -= np.where(moved >= self.window, self.window, 0)
+        return index - offset + moved
+
+    def _rows(self, k: int, number: NDArray[np.int64]) -> NDArray[np.int64]:
+        source = self.sources[k]
+        if source.order == "original":
+            return number % source.num_rows
+        return self._orders[k].rows(number)
+
+    def _phase(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
+        phase = np.zeros(len(index), dtype=np.uint8)
+        for k, named in enumerate(self.phases, start=1):
+            phase[(index >= named.start) & (index < named.stop)] = k
+        return phase
+
+    def _segment_at(self, index: int) -> _CompiledSegment:
+        return self._compiled[int(np.searchsorted(self._starts, index, side="right")) - 1]
+
+    @cached_property
+    def _keys(self) -> dict[str, int]:
+        return {name: derive_key(self.seed, name) for name in ("sample", "window", "window tables")}
+
+    @cached_property
+    def _window_tables(self) -> NDArray[np.int64]:
+        # A power of two of stored permutations, about 2^18 entries; with the turn, window times as many arrangements.
+        number = 1 << max(4, min(10, 18 - self.window.bit_length()))
+        return shuffles(self._keys["window tables"], np.arange(number), self.window)
+
+    @cached_property
+    def _orders(self) -> list[Any]:
+        orders: list[Any] = []
+        for source in self.sources:
+            if source.order == "host":
+                orders.append(_HostOrder(self.seed, source.num_rows))
+            else:
+                orders.append(PassOrder(derive_key(self.seed, "rows", source.name), source.num_rows))
+        return orders
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return np.array([segment.start for segment in self.segments], dtype=np.int64)
+
+    @cached_property
+    def _compiled(self) -> list[_CompiledSegment]:
+        compiled: list[_CompiledSegment] = []
+        before = np.zeros(len(self.sources), dtype=np.int64)
+        residual = [0] * len(self.sources)
+        for segment in self.segments:
+            if compiled:
+                last = compiled[-1]
+                length = segment.start - last.start
+                gained = last.schedule.counts(length)
+                before = last.before + gained
+                residual = _carry(residual, gained, last.schedule.weights, length)
+            compiled.append(_CompiledSegment(segment.start, quota_schedule(segment.weights, residual), before))
+        return compiled
+
+
+def _carry(residual: list[int], gained: NDArray[np.int64], weights: tuple[int, ...], length: int) -> list[int]:
+    """How far each source is ahead of its share after `length` draws, in 2^-32 samples, summing to 0."""
+    total = sum(weights)
+    unit = 1 << 32
+    ahead = [
+        old + int(count) * unit - (length * weight * unit + total // 2) // total
+        for old, count, weight in zip(residual, gained, weights, strict=True)
+    ]
+    # Rounding leaves a few units; the largest weight takes them, for which they matter least.
+    ahead[weights.index(max(weights))] -= sum(ahead)
+    return ahead
+
+
+class _HostOrder:
+    """The order of accelerate's `SeedableRandomSampler`: pass p is `torch.randperm` seeded with seed + p."""
+
+    def __init__(self, seed: int, n: int):
+        self.seed = seed
+        self.n = n
+        self._cached: tuple[int, NDArray[np.int64]] | None = None
+
+    def rows(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        passes = numbers // self.n
+        rows = np.empty_like(numbers)
+        for number in np.unique(passes):
+            mask = passes == number
+            rows[mask] = self._pass(int(number))[numbers[mask] - number * self.n]
+        return rows
+
+    def _pass(self, number: int) -> NDArray[np.int64]:
+        if self._cached is None or self._cached[0] != number:
+            import torch
+
+            generator = torch.Generator().manual_seed(self.seed + number)
+            self._cached = (number, torch.randperm(self.n, generator=generator).numpy())
+        return self._cached[1]

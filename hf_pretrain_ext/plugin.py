@@ -1,0 +1,186 @@
+"""The contract: a plug-in is a `TrainerCallback` that may also wrap what a run is made of.
+
+A plug-in overrides what it needs and nothing else; what it overrides is what it may change.
+
+    check(setup)              pure look at the run before anything is touched: yield a `Problem` for all that is wrong
+    wrap_model(model)         the model, before a checkpoint is loaded into it and before the optimizer sees it
+    wrap_plan(plan)           the sample plan: which row of which source is sample i
+    wrap_collator(collator)   the collator; its features carry `features.draws` when a plan is in force
+    optimizer(model, args)    the optimizer (one owner)
+    wrap_optimizer(optimizer) the optimizer that came out
+    schedule(args, steps)     the learning rate as a function of the step (one owner)
+    wrap_loss(compute_loss)   `compute_loss(model, inputs, return_outputs, num_items_in_batch)`
+    on_...                    the events of `TrainerCallback`
+    describe()                lines about what this run will do, for the terminal, trace and card
+    state() / load_state()    the few numbers that its behaviour depends on, beyond settings, seed and step
+
+Inside a run `self.run` (a `PluginRun`) is what a plug-in may use of its host: the plan, `log`, `trace`, `say`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from transformers import TrainerCallback
+
+from hf_pretrain_ext import _host
+
+if TYPE_CHECKING:
+    from hf_pretrain_ext.plan import SamplePlan
+    from hf_pretrain_ext.run import PluginRun
+    from hf_pretrain_ext.schedules import LRSchedule
+
+__all__ = ["PluginError", "Problem", "Setup", "TrainerPlugin", "overrides"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a set-up: who says so, what was seen, how to mend it. A note is shown, an error raised."""
+
+    plugin: str
+    message: str
+    fix: str
+    level: Literal["error", "note"] = "error"
+
+    def __str__(self) -> str:
+        return f"{self.plugin}: {self.message}. {self.fix}"
+
+
+class PluginError(ValueError):
+    """All problems of a set-up at once; `problems` holds them."""
+
+    def __init__(self, problems: Sequence[Problem]):
+        self.problems = tuple(problems)
+        lines = [f"  {number}. {problem}" for number, problem in enumerate(self.problems, start=1)]
+        plural = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        super().__init__("\n".join([f"{plural} with the plug-ins of this Trainer (nothing was changed):", *lines]))
+
+    def __reduce__(self) -> tuple[type[PluginError], tuple[tuple[Problem, ...]]]:
+        return type(self), (self.problems,)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What `check` may look at. `total_steps` is None where it cannot be known before training.
+
+    `global_batch` is samples an optimizer step, over all ranks and micro-batches; `given_optimizer` whether the user
+    built the Trainer with an optimizer.
+    """
+
+    trainer: Any
+    plugins: tuple[TrainerPlugin, ...]
+    global_batch: int
+    total_steps: int | None
+    given_optimizer: bool
+
+    @property
+    def args(self) -> Any:
+        return self.trainer.args
+
+    @property
+    def model(self) -> Any:
+        return self.trainer.model
+
+    @property
+    def processing_class(self) -> Any:
+        return self.trainer.processing_class
+
+    @property
+    def train_dataset(self) -> Any:
+        return self.trainer.train_dataset
+
+    @property
+    def embeddings(self) -> int | None:
+        """Rows of the model's input embedding: token ids must lie below."""
+        return _host.embeddings(self.model)
+
+    def prepare(self, dataset: Any, name: str, training: bool = True) -> Any:
+        """`dataset` as the trainer prepares its own (TRL tokenizes and packs; a plain Trainer changes nothing)."""
+        return _host.prepare_dataset(self.trainer, dataset, name, training)
+
+    def stripped(self, datasets: list[Any]) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+        """`datasets` without the columns that the model does not take, and the collator that they go through."""
+        return _host.strip_columns(self.trainer, datasets, self.trainer.data_collator)
+
+
+class TrainerPlugin(TrainerCallback):
+    """Base class of all plug-ins; see the module's text for what may be overridden.
+
+    Class attributes:
+        name (`str`): short, unique among the plug-ins of a run; keys its state and its lines in the trace.
+        needs_extend (`bool`): False if the plug-in also works as a bare callback of a plain Trainer.
+        resume (`str`): `"exact"` or `"approximate"`.
+        distributed (`dict[str, str]`): what is known of `"ddp"`, `"fsdp2"`, `"zero2"`, `"zero3"`: `"exact"` (tested),
+            `"refused: reason"` or `"untested"`.
+        conflicts (`tuple[str, ...]`): names of plug-ins that it cannot run with.
+        after (`tuple[str, ...]`): names of plug-ins that come before it when both are present.
+    """
+
+    name: ClassVar[str] = ""
+    needs_extend: ClassVar[bool] = True
+    resume: ClassVar[Literal["exact", "approximate"]] = "exact"
+    distributed: ClassVar[dict[str, str]] = {}
+    conflicts: ClassVar[tuple[str, ...]] = ()
+    after: ClassVar[tuple[str, ...]] = ()
+
+    run: PluginRun | None = None
+
+    def check(self, setup: Setup) -> Iterable[Problem]:
+        return ()
+
+    def wrap_model(self, model: Any) -> Any:
+        return model
+
+    def wrap_plan(self, plan: SamplePlan) -> SamplePlan:
+        return plan
+
+    def wrap_collator(self, collator: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+        return collator
+
+    def optimizer(self, model: Any, args: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} does not own the optimizer")
+
+    def wrap_optimizer(self, optimizer: Any) -> Any:
+        return optimizer
+
+    def schedule(self, args: Any, total_steps: int) -> LRSchedule:
+        raise TypeError(f"{type(self).__name__} does not own the schedule")
+
+    def wrap_loss(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+        return compute_loss
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as JSON types: recorded in trace and checkpoint, compared on resume."""
+        return {}
+
+    def describe(self) -> list[str]:
+        return []
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"{self.name}: the checkpoint holds state {sorted(state)} that this plug-in cannot read")
+
+    def eval_metrics(self) -> dict[str, float]:
+        """Metrics to stand in the host's evaluation, under keys that start with `eval_`."""
+        return {}
+
+    def begin(self) -> None:
+        """Called once a `train()`, after settings and state are in place and before the first event."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.run is None and self.needs_extend:
+            raise RuntimeError(
+                f"{type(self).__name__} needs more than a bare callback can do. Add one line before training:\n"
+                "    from hf_pretrain_ext import extend\n"
+                "    extend(trainer).train()"
+            )
+
+
+def overrides(plugin: TrainerPlugin, method: str) -> bool:
+    """Whether `plugin` defines `method` itself, hence may change what that method wraps."""
+    return getattr(type(plugin), method) is not getattr(TrainerPlugin, method)

@@ -1,0 +1,1 @@
+"""What people read: plots made from what happened in a run. Needs the extra `report` (matplotlib)."""

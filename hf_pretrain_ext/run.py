@@ -1,0 +1,381 @@
+"""One run of a Trainer with plug-ins: their order, the plan, what is counted, logged, traced and saved.
+
+`PluginRun` is also all that a plug-in may use of its host, as `self.run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer
+
+from hf_pretrain_ext import _host, checkpoint
+from hf_pretrain_ext.checks import find_problems, in_order
+from hf_pretrain_ext.plan import SamplePlan, Source
+from hf_pretrain_ext.plan.plan import MAX_WINDOW
+from hf_pretrain_ext.plugin import PluginError, Problem, Setup, TrainerPlugin, overrides
+from hf_pretrain_ext.say import say
+from hf_pretrain_ext.trace import Trace, plain, versions
+
+if TYPE_CHECKING:
+    from hf_pretrain_ext.schedules import LRSchedule
+    from hf_pretrain_ext.trainer import PlanConfig
+
+__all__ = ["PluginRun", "run_length"]
+
+# What may differ between a run and its resume, because it does not change what is trained on or how: where files go,
+# what is logged, evaluated and saved, workers, and the split of one global batch over ranks and micro-batches.
+_FREE_PREFIXES = ("logging_", "log_", "eval_", "save_", "dataloader_", "hub_", "push_to_hub", "ddp_", "do_", "report_")
+_FREE_ARGUMENTS = frozenset(
+    "accelerator_config auto_find_batch_size batch_eval_metrics bf16_full_eval dataset_num_proc debug deepspeed "
+    "disable_tqdm enable_jit_checkpoint fp16_full_eval fsdp fsdp_config gradient_accumulation_steps "
+    "greater_is_better ignore_data_skip include_for_metrics include_num_input_tokens_seen load_best_model_at_end "
+    "local_rank metric_for_best_model output_dir parallelism_config per_device_eval_batch_size "
+    "per_device_train_batch_size prediction_loss_only project remove_unused_columns "
+    "restore_callback_states_from_checkpoint resume_from_checkpoint run_name skip_memory_metrics "
+    "torch_empty_cache_steps trackio_space_id trackio_bucket_id trackio_static_space_id use_cpu".split()
+)
+
+
+def run_length(args: Any, epoch: int, global_batch: int) -> tuple[int, int]:
+    """Optimizer steps of an epoch of `epoch` samples and of the whole run, as the host counts them.
+
+    Epochs are rounded up to whole global batches (down with `dataloader_drop_last`).
+    """
+    per_epoch = epoch // global_batch if args.dataloader_drop_last else -(-epoch // global_batch)
+    per_epoch = max(per_epoch, 1)
+    total = args.max_steps if args.max_steps > 0 else int(-(-args.num_train_epochs * per_epoch // 1))
+    return per_epoch, total
+
+
+class PluginRun:
+    """The plug-ins of one Trainer and what they share. Made by `extend`; plug-ins see it as `self.run`."""
+
+    def __init__(self, trainer: Any, plan_config: PlanConfig):
+        self.trainer = trainer
+        self.plan_config = plan_config
+        self.given_optimizer = trainer.optimizer is not None
+        self.plugins: tuple[TrainerPlugin, ...] = ()
+        self.plan: SamplePlan | None = None
+        self.lr_schedule: LRSchedule | None = None
+        self.steps_per_epoch = 0
+        self.total_steps = 0
+        self.resumed_at: int | None = None
+        self.eval_scalars: dict[str, float] | None = None
+        self._pending: dict[str, float] = {}
+        self._counts: list[list[int]] = []
+        self._committed: torch.Tensor | None = None
+        self._uncommitted: torch.Tensor | None = None
+        self._shown: set[Problem] = set()
+        self._restored: dict[str, Any] | None = None
+
+    # What a plug-in may use
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.trainer.state.global_step)
+
+    @property
+    def model(self) -> Any:
+        return self.trainer.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.trainer.args.device
+
+    @property
+    def output_dir(self) -> str:
+        return str(self.trainer.args.output_dir)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files: one of all ranks."""
+        return bool(self.trainer.is_world_process_zero())
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """This process's number and how many there are."""
+        accelerator = self.trainer.accelerator
+        return int(accelerator.process_index), int(accelerator.num_processes)
+
+    @property
+    def shifts_labels(self) -> bool:
+        """Whether the model predicts label t + 1 at position t (causal language models)."""
+        return _host.shifts_labels(self.trainer)
+
+    @property
+    def global_batch(self) -> int:
+        """Samples an optimizer step, over all ranks and micro-batches."""
+        return int(self.trainer.get_total_train_batch_size(self.trainer.args))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that the training step runs in."""
+        return self.trainer.compute_loss_context_manager()
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return self.trainer.accelerator.reduce(values, reduction="sum")
+
+    def log(self, scalars: dict[str, float]) -> None:
+        """Hands scalars to be logged for this step, on a line of their own after the host's.
+
+        Never `trainer.log` from an event: it would swallow the host's own log and evaluation of the step.
+        """
+        self._pending.update({key: float(value) for key, value in scalars.items()})
+        if self.step == (self.resumed_at or 0):
+            # Before the first step there is no host line to wait for, and waiting would give it the wrong step.
+            self.flush()
+
+    def trace(self, event: str, **data: Any) -> None:
+        """Writes an event of this step to trace.jsonl."""
+        self._trace.write(event, self.step, **data)
+
+    def say(self, message: str, level: int = logging.INFO) -> None:
+        """Prints lines at the terminal, on one rank."""
+        if self.is_main:
+            say(message, level)
+
+    def collate_rows(self, dataset: Any, rows: Sequence[int]) -> dict[str, Any]:
+        """Some rows as a batch, columns removed that the model does not take, by the trainer's own collator."""
+        (stripped,), collator = _host.strip_columns(self.trainer, [dataset], self.trainer.data_collator)
+        return dict(collator([stripped[row] for row in rows]))
+
+    # Life cycle, called by the trainer
+
+    @property
+    def _trace(self) -> Trace:
+        return Trace(self.output_dir, enabled=self.is_main)
+
+    def owner(self, method: str) -> TrainerPlugin | None:
+        return next((plugin for plugin in self.plugins if overrides(plugin, method)), None)
+
+    def with_hook(self, method: str) -> list[TrainerPlugin]:
+        return [plugin for plugin in self.plugins if overrides(plugin, method)]
+
+    def attach(self, candidates: Sequence[TrainerPlugin]) -> None:
+        """Checks the list as a whole, then takes it over: on an error nothing was changed."""
+        length = None
+        dataset = self.trainer.train_dataset
+        if hasattr(dataset, "__len__") and len(dataset):
+            length = run_length(self.trainer.args, len(dataset), self.global_batch)[1]
+        elif self.trainer.args.max_steps > 0:
+            length = self.trainer.args.max_steps
+        problems = find_problems(
+            Setup(self.trainer, tuple(candidates), self.global_batch, length, self.given_optimizer)
+        )
+        errors = [problem for problem in problems if problem.level == "error"]
+        if errors:
+            raise PluginError(errors)
+        for problem in problems:
+            if problem not in self._shown:
+                self._shown.add(problem)
+                self.say(f"note: {problem}", logging.WARNING)
+        self.plugins = tuple(in_order(candidates))
+        for plugin in self.plugins:
+            plugin.run = self
+
+    def build_plan(self) -> SamplePlan | None:
+        """The plan after every plug-in wrapped it; None if none does, and the host's own sampler stays."""
+        wrapping = self.with_hook("wrap_plan")
+        if not wrapping:
+            return None
+        trainer, config = self.trainer, self.plan_config
+        args, dataset = trainer.args, trainer.train_dataset
+        seed = next(s for s in (config.seed, args.data_seed, args.seed) if s is not None)
+        plan = SamplePlan(
+            sources=(Source("train", len(dataset), order=config.order, dataset=dataset),),
+            seed=seed,
+            window=config.window or _window(self.global_batch),
+        )
+        for plugin in wrapping:
+            plan = plugin.wrap_plan(plan)
+        return plan
+
+    def start(self, resume_from: str | None) -> None:
+        """Everything before the host's `train()`: plan, schedule, comparison with the checkpoint, state, trace."""
+        self.plan = self.build_plan()
+        trainer = self.trainer
+        self.total_steps, self.steps_per_epoch = 0, 0
+        if self.plan is not None:
+            self.steps_per_epoch, self.total_steps = run_length(trainer.args, self.plan.epoch, self.global_batch)
+        else:
+            self.steps_per_epoch, self.total_steps = self._host_length()
+        owner = self.owner("schedule")
+        self.lr_schedule = owner.schedule(trainer.args, self.total_steps) if owner else None
+        sources = len(self.plan.sources) if self.plan else 0
+        self._counts = [[0, 0, 0] for _ in range(sources)]
+        self._committed = self._uncommitted = None
+        self._pending, self._restored, self.resumed_at = {}, None, None
+        for plugin in self.plugins:
+            plugin.begin()
+        if resume_from is not None:
+            self._restore(resume_from)
+        description = [line for plugin in self.plugins for line in plugin.describe()]
+        header = {"identity": self.identity(), "versions": versions(), "describe": description}
+        if self.resumed_at is None:
+            self._trace.write("start", 0, **header)
+        else:
+            self._trace.write("resume", self.resumed_at, checkpoint=resume_from, versions=versions())
+        if description:
+            self.say("\n".join(description))
+
+    def _host_length(self) -> tuple[int, int]:
+        trainer = self.trainer
+        values = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+        return int(values[1]), int(values[6])
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what the run does; a resume must have the same."""
+        arguments = {
+            key: value
+            for key, value in self.trainer.args.to_dict().items()
+            if key not in _FREE_ARGUMENTS and not key.startswith(_FREE_PREFIXES)
+        }
+        return plain(
+            {
+                "plugins": {plugin.name: plugin.settings() for plugin in self.plugins},
+                "plan": self.plan.identity() if self.plan else None,
+                "schedule": self.lr_schedule.identity() if self.lr_schedule else None,
+                "global_batch": self.global_batch,
+                "total_steps": self.total_steps,
+                "arguments": arguments,
+            }
+        )
+
+    def _restore(self, resume_from: str) -> None:
+        saved = checkpoint.read_state(resume_from)
+        if saved.get("save_only_model"):
+            raise checkpoint.CheckpointError(
+                f"{resume_from} was saved with save_only_model=True: it has no optimizer state to resume with. "
+                "Load the model from that folder and call train() without resume_from_checkpoint for a new run."
+            )
+        now = self.identity()
+        known = {key: value for key, value in saved["identity"]["arguments"].items() if key in now["arguments"]}
+        now["arguments"] = {key: value for key, value in now["arguments"].items() if key in known}
+        changed = checkpoint.differences({**saved["identity"], "arguments": known}, now)
+        if changed:
+            raise checkpoint.CheckpointError(self._refusal(resume_from, saved["identity"], changed))
+        self.resumed_at = int(saved["step"])
+        self._counts = [list(row) for row in saved["counts"]]
+        self._restored = saved["log_sums"]
+        for plugin in self.plugins:
+            plugin.load_state(saved["plugins"].get(plugin.name, {}))
+
+    def _refusal(self, resume_from: str, saved: dict[str, Any], changed: list[str]) -> str:
+        lines = [f"cannot resume from {resume_from}: the run would not be the one that was interrupted. Changed:"]
+        lines += [f"  {line}" for line in changed if not line.startswith("schedule.")]
+        if saved["schedule"] != (self.lr_schedule.identity() if self.lr_schedule else None):
+            from hf_pretrain_ext.schedules import LRSchedule
+
+            before = (
+                LRSchedule.from_identity(saved["schedule"]).describe() if saved["schedule"] else ["the host's own"]
+            )
+            after = self.lr_schedule.describe() if self.lr_schedule else ["the host's own"]
+            lines += ["learning rate of the checkpoint:", *(f"  {line}" for line in before)]
+            lines += ["learning rate now:", *(f"  {line}" for line in after)]
+        lines.append(
+            "Restore these settings to resume. To train further with new ones, load the model from that folder and "
+            "call train() without resume_from_checkpoint: a new run, with a schedule and a plan of its own."
+        )
+        return "\n".join(lines)
+
+    def on_train_begin(self) -> None:
+        """Inside the host's loop, before the first step: sums that the host does not save are put back."""
+        if self._restored:
+            self.trainer._tr_loss += self._restored["loss"]
+            self.trainer._globalstep_last_logged = self._restored["last_logged"]
+
+    def on_train_end(self) -> None:
+        self._trace.write("end", self.step, counts=self.realised())
+
+    # Counting
+
+    def count(self, batches: Sequence[Any], key: str) -> None:
+        """Takes the counts out of the micro-batches of the step about to run."""
+        found = [batch.pop(key) for batch in batches if hasattr(batch, "pop") and key in batch]
+        if found:
+            self._uncommitted = torch.stack(found).sum(dim=0)
+
+    def commit(self) -> None:
+        """The step was made: what it saw is counted. Stays on the device: no synchronisation."""
+        if self._uncommitted is not None:
+            self._committed = self._uncommitted + (0 if self._committed is None else self._committed)
+            self._uncommitted = None
+
+    def gather_counts(self) -> None:
+        """Sums the counts over ranks; every rank must call it."""
+        if self.plan is None:
+            return
+        if self._committed is None:
+            self._committed = torch.zeros((len(self.plan.sources), 3), dtype=torch.int64, device=self.device)
+        total = self.sum_over_ranks(self._committed)
+        self._counts = (torch.tensor(self._counts) + total.cpu()).tolist()
+        self._committed = None
+
+    def realised(self) -> dict[str, Any]:
+        """What was seen so far, over all ranks, since the last log or save: samples and loss-bearing tokens a source.
+
+        `tokens` is None where a collator's batches do not tell which tokens belong to which sample.
+        """
+        if self.plan is None:
+            return {}
+        return {
+            source.name: {
+                "samples": samples,
+                "tokens": tokens if not unknown else None,
+                "replayed": source.replayed,
+            }
+            for source, (samples, tokens, unknown) in zip(self.plan.sources, self._counts, strict=True)
+        }
+
+    # Logging
+
+    def flush(self) -> None:
+        """Logs what plug-ins handed over, leaving the host's decisions about this step alone."""
+        pending, self._pending = self._pending, {}
+        if not pending:
+            return
+        trainer = self.trainer
+        control = trainer.control
+        kept = dataclasses.asdict(control)
+        # The base class's log: a subclass's own (TRL's, say) would attach its running metrics to our line.
+        Trainer.log(trainer, dict(pending))
+        for key, value in kept.items():
+            setattr(trainer.control, key, value)
+        self._trace.write("log", self.step, scalars=pending)
+
+    def flush_unless_log_is_due(self) -> None:
+        if self._pending and not _host.log_is_due(self.trainer):
+            self.flush()
+
+    # Saving
+
+    def save(self, folder: str) -> None:
+        """Writes our part of a checkpoint, last of all files."""
+        trainer = self.trainer
+        checkpoint.write_state(
+            folder,
+            {
+                "step": self.step,
+                "save_only_model": bool(trainer.args.save_only_model),
+                "identity": self.identity(),
+                "counts": self._counts,
+                "log_sums": {"loss": trainer._tr_loss.item(), "last_logged": trainer._globalstep_last_logged},
+                "plugins": {plugin.name: plugin.state() for plugin in self.plugins},
+            },
+        )
+        self._trace.write("save", self.step, folder=os.path.basename(folder))
+
+
+def _window(global_batch: int) -> int:
+    """The global batch, or its largest divisor that a plan's windows can be."""
+    parts = -(-global_batch // MAX_WINDOW)
+    while global_batch % parts:
+        parts += 1
+    return global_batch // parts

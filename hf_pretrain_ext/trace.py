@@ -1,0 +1,127 @@
+"""`trace.jsonl`: what happened in a run, one JSON object a line, from which report and card are made.
+
+Lines carry `event` and `step`. A line `start` opens a run and holds its settings; `resume` continues it from a step,
+and what an interrupted session had written beyond that step no longer counts: `read_trace` leaves it out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+__all__ = ["TRACE_NAME", "Trace", "read_trace", "versions"]
+
+TRACE_NAME = "trace.jsonl"
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "bitsandbytes")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of the libraries that decide what a run does."""
+    from hf_pretrain_ext._version import __version__
+
+    found = {"python": platform.python_version(), "hf_pretrain_ext": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON types; NaN and infinities become strings, which strict parsers accept."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, str | int | bool) or value is None:
+        return value
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        return plain(value.item())
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return str(value)
+
+
+class Trace:
+    """Appends events to `folder`/trace.jsonl; on every rank but the first it writes nothing."""
+
+    def __init__(self, folder: str | Path, enabled: bool = True):
+        self.path = Path(folder) / TRACE_NAME
+        self.enabled = enabled
+
+    def write(self, event: str, step: int, **data: Any) -> None:
+        if not self.enabled:
+            return
+        line = json.dumps({"event": event, "step": step, **plain(data)}, ensure_ascii=False, allow_nan=False)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            # A kill may have left half a line: the next event starts one of its own.
+            file.write(("\n" if self._torn() else "") + line + "\n")
+
+    def _torn(self) -> bool:
+        if not self.path.stat().st_size:
+            return False
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+
+
+def read_trace(path: str | Path) -> list[dict[str, Any]]:
+    """The events of the last run in a trace (a file, or the folder of a run), superseded ones left out.
+
+    Raises:
+        `FileNotFoundError`: no trace there.
+        `ValueError`: a line other than the last is not a JSON object (a torn last line, left by a kill, is ignored).
+
+    Example:
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> trace = Trace(folder)
+    >>> for event, step in (("start", 0), ("log", 10), ("log", 20), ("resume", 10), ("log", 20)):
+    ...     trace.write(event, step)
+    >>> [(line["event"], line["step"]) for line in read_trace(folder)]
+    [('start', 0), ('log', 10), ('resume', 10), ('log', 20)]
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / TRACE_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"no trace at {path}: a run with plug-ins writes {TRACE_NAME} into its output_dir")
+    return _effective(_parse(path))
+
+
+def _parse(path: Path) -> Iterable[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+            if not isinstance(event, dict) or "event" not in event or not isinstance(event.get("step"), int):
+                raise ValueError("not an event")
+        except ValueError as error:
+            # A kill may tear the line being written: the last one, or the last before a resume.
+            following = lines[number] if number < len(lines) else None
+            if following is None or '"event": "resume"' in following or '"event": "start"' in following:
+                continue
+            raise ValueError(f"{path}, line {number} is not an event of a trace: {line[:80]!r}") from error
+        yield event
+
+
+def _effective(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept: list[dict[str, Any]] = []
+    for event in events:
+        if event["event"] == "start":
+            kept = []
+        elif event["event"] == "resume":
+            kept = [old for old in kept if old["step"] <= event["step"] and old["event"] != "end"]
+        kept.append(event)
+    return kept

@@ -1,0 +1,350 @@
+"""`extend` and `PluginTrainerMixin`: a Trainer that plug-ins can reach into, by subclassing alone."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import seed_worker
+
+from hf_pretrain_ext import _host, checkpoint
+from hf_pretrain_ext.loader import COUNTS, PlanBatchSampler, PlanCollator, PlanDataset
+from hf_pretrain_ext.plan.plan import Order
+from hf_pretrain_ext.plugin import TrainerPlugin
+from hf_pretrain_ext.run import PluginRun, run_length
+from hf_pretrain_ext.schedules import LRSchedule
+
+__all__ = ["PlanConfig", "PluginTrainerMixin", "extend", "lambda_lr"]
+
+T = TypeVar("T", bound=Trainer)
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    # At run time it stands before any Trainer class, the user's own included.
+    _Base = object
+
+
+@dataclass
+class PlanConfig:
+    """Settings of the sample plan, readable by `HfArgumentParser`. In force when a plug-in wraps the plan."""
+
+    order: Order = field(
+        default="shuffled",
+        metadata={
+            "help": "Order of training rows: shuffled (by key, every pass), original, or host (the Trainer's own)."
+        },
+    )
+    seed: int | None = field(default=None, metadata={"help": "Seed of the plan; defaults to data_seed, then seed."})
+    window: int | None = field(
+        default=None,
+        metadata={"help": "Draws within which sources are permuted; defaults to the global batch."},
+    )
+
+
+def relative_rate(step: int, schedule: LRSchedule, base_lr: float) -> float:
+    """What `LambdaLR` multiplies each group's rate with: groups at `base_lr` get the schedule, others scale."""
+    return schedule(step) / base_lr
+
+
+def lambda_lr(optimizer: Any, schedule: LRSchedule, base_lr: float) -> LambdaLR:
+    """The schedule as torch's scheduler.
+
+    A partial, because `LambdaLR` saves a callable object's attributes and puts them back on load: a partial has none,
+    so the file holds plain numbers and the settings, which a resume compares, stay in charge.
+    """
+    return LambdaLR(optimizer, functools.partial(relative_rate, schedule=schedule, base_lr=base_lr))
+
+
+class _Conductor(TrainerCallback):
+    """Before all plug-ins: counts what the step saw, puts back what the host does not save, closes the trace."""
+
+    def __init__(self, run: PluginRun):
+        self.run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.on_train_begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.commit()
+        if control.should_log:
+            self.run.gather_counts()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_log:
+            self.run.gather_counts()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.on_train_end()
+
+
+class PluginTrainerMixin(_Base):
+    """Makes a Trainer class honour what plug-ins wrap: `class MyTrainer(PluginTrainerMixin, SFTTrainer): ...`.
+
+    Takes the Trainer's arguments and `plan` ([`PlanConfig`], *optional*). `extend` gives the same to a Trainer that
+    exists already.
+    """
+
+    _plugin_run: PluginRun
+
+    def __init__(self, *args: Any, plan: PlanConfig | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._plugin_run = PluginRun(self, plan or PlanConfig())
+        self._plugin_run.attach(_plugins(self))
+
+    @property
+    def plugin_run(self) -> PluginRun:
+        """The plug-ins of this Trainer with their plan, counts and trace."""
+        return self._plugin_run
+
+    # The life cycle
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        run = self._plugin_run
+        run.attach(_plugins(self))
+        folder, skipped = checkpoint.resolve(resume_from_checkpoint, run.output_dir)
+        self._order_callbacks()
+        if self.model_init is None:
+            self.model = self._wrap_plugin_model(self.model)
+        if not run.given_optimizer:
+            # The host would go on with the last train()'s optimizer, moments and all.
+            self.optimizer = None
+        run.start(folder)
+        for line in skipped:
+            run.say(line)
+        return super().train(folder, *args, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        return self._wrap_plugin_model(super().call_model_init(trial))
+
+    def _wrap_plugin_model(self, model: Any) -> Any:
+        run = getattr(self, "_plugin_run", None)
+        # Trainer.__init__ also calls model_init, before there are plug-ins; train() calls it again.
+        for plugin in run.with_hook("wrap_model") if run else ():
+            model = plugin.wrap_model(model)
+        return model
+
+    def _order_callbacks(self) -> None:
+        run = self._plugin_run
+        conductors = [cb for cb in self.callback_handler.callbacks if isinstance(cb, _Conductor)]
+        for callback in [*conductors, *run.plugins]:
+            self.pop_callback(callback)
+        for callback in [_Conductor(run), *run.plugins]:
+            self.add_callback(callback)
+
+    # Data
+
+    def get_train_dataloader(self) -> Any:
+        run = self._plugin_run
+        plan = run.plan or run.build_plan()
+        collator_hooks = run.with_hook("wrap_collator")
+        if plan is None:
+            if not collator_hooks:
+                return super().get_train_dataloader()
+            kept = self.data_collator
+            self.data_collator = functools.reduce(lambda c, plugin: plugin.wrap_collator(c), collator_hooks, kept)
+            try:
+                return super().get_train_dataloader()
+            finally:
+                self.data_collator = kept
+        args = self.args
+        datasets, collator = _host.strip_columns(self, [source.dataset for source in plan.sources], self.data_collator)
+        collator = functools.reduce(lambda c, plugin: plugin.wrap_collator(c), collator_hooks, collator)
+        size = _host.train_batch_size(self)
+        per_epoch, _ = run_length(args, plan.epoch, run.global_batch)
+        loader = DataLoader(
+            PlanDataset(plan, datasets),
+            batch_sampler=PlanBatchSampler(size, per_epoch * (run.global_batch // size), self._epoch_start),
+            collate_fn=PlanCollator(
+                collator, [source.name for source in plan.sources], _host.embeddings(self.model), run.shifts_labels
+            ),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=functools.partial(
+                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+            ),
+        )
+        return self.accelerator.prepare(loader)
+
+    def _epoch_start(self) -> int:
+        """The global sample index at which the epoch about to begin starts, from the step counter alone."""
+        run, step = self._plugin_run, self.state.global_step
+        if run.resumed_at == step and not self.args.ignore_data_skip:
+            # The host skips the resumed epoch's batches that were trained on; so it begins where that epoch did.
+            step -= step % run.steps_per_epoch
+        return step * run.global_batch
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._plugin_run.count(batches, COUNTS)
+        return batches, items
+
+    # Optimizer, schedule, loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        run = self._plugin_run
+        if self.optimizer is None:
+            owner = run.owner("optimizer")
+            if owner is not None:
+                self.optimizer = owner.optimizer(args[0] if args and args[0] is not None else self.model, self.args)
+            else:
+                super().create_optimizer(*args, **kwargs)
+            for plugin in run.with_hook("wrap_optimizer"):
+                self.optimizer = plugin.wrap_optimizer(self.optimizer)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        owner = self._plugin_run.owner("schedule")
+        if owner is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            schedule = owner.schedule(self.args, num_training_steps)
+            self.lr_scheduler = lambda_lr(
+                self.optimizer if optimizer is None else optimizer, schedule, self.args.learning_rate
+            )
+            _host.claim_scheduler(self)
+        return self.lr_scheduler
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        compute: Callable[..., Any] = super().compute_loss
+        for plugin in self._plugin_run.with_hook("wrap_loss"):
+            compute = plugin.wrap_loss(compute)
+        return compute(*args, **kwargs)
+
+    # Logging, evaluation, saving
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        run = self._plugin_run
+        if run.eval_scalars:
+            logs.update(run.eval_scalars)
+        super().log(logs, *args, **kwargs)
+        run.trace("log", scalars=logs)
+        run.flush()
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        run = self._plugin_run
+        run.flush_unless_log_is_due()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        run = self._plugin_run
+        prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
+        if prefix != "eval" or not self.is_in_train or run.eval_scalars is not None:
+            return super().evaluate(*args, **kwargs)
+        run.eval_scalars = {key: value for plugin in run.plugins for key, value in plugin.eval_metrics().items()}
+        try:
+            metrics = super().evaluate(*args, **kwargs)
+            return {**metrics, **run.eval_scalars}
+        finally:
+            run.eval_scalars = None
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The last file that every rank writes: after this, the manifest finds them all.
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run = self._plugin_run
+        run.gather_counts()
+        if self.args.should_save:
+            folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            checkpoint.invalidate(folder)
+        write = self.state.save_to_json
+
+        def write_with_ours(path: str) -> None:
+            write(path)
+            run.save(os.path.dirname(path))
+
+        # The one moment after all of the host's files and before its push and its rotation of old checkpoints.
+        cast(Any, self.state).save_to_json = write_with_ours
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            del self.state.save_to_json
+
+
+def _plugins(trainer: Any) -> list[TrainerPlugin]:
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TrainerPlugin)]
+
+
+_EXTENDED: dict[type, type] = {}
+
+
+def _extended(base: type) -> type:
+    """The subclass of `base` that plug-ins can reach into; one for each `base`."""
+
+    def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+        return _rebuild, (base,), self.__dict__
+
+    if base not in _EXTENDED:
+        body = {"__module__": __name__, "__reduce_ex__": reduce}
+        _EXTENDED[base] = type(f"Plugin{base.__name__}", (PluginTrainerMixin, base), body)
+    return _EXTENDED[base]
+
+
+def _rebuild(base: type) -> Any:
+    # The class is made at run time, so a pickle names the class it was made from.
+    return object.__new__(_extended(base))
+
+
+def extend(trainer: T, *callbacks: TrainerCallback | type[TrainerCallback], plan: PlanConfig | None = None) -> T:
+    """Lets the plug-ins among a Trainer's callbacks do more than a callback can. Returns the same object.
+
+    The trainer is given a subclass of its own class; nothing is patched globally, and `isinstance` still holds. All
+    problems of the set-up are reported in one error, before anything is touched. Calling it again is harmless, and
+    adds the callbacks given.
+
+    Args:
+        trainer (`transformers.Trainer`): or a subclass: `Seq2SeqTrainer`, TRL's `SFTTrainer`, one of your own.
+        callbacks (`TrainerCallback`): more callbacks to add.
+        plan ([`PlanConfig`], *optional*): order, seed and window of the sample plan.
+
+    Raises:
+        [`PluginError`]: all that is wrong with the plug-ins in this set-up.
+        `TypeError`: `trainer` is not a Trainer, or a callback not a callback.
+
+    Example:
+
+    >>> from hf_pretrain_ext import extend
+    >>> extend("not a trainer")
+    Traceback (most recent call last):
+    TypeError: extend needs a transformers.Trainer (or a subclass), got str
+    """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"extend needs a transformers.Trainer (or a subclass), got {type(trainer).__name__}")
+    made = list(_instances(callbacks))
+    there = trainer.callback_handler.callbacks
+    fresh = [callback for callback in made if not any(callback is other for other in there)]
+    known = getattr(trainer, "_plugin_run", None)
+    run = known or PluginRun(trainer, PlanConfig())
+    kept = run.plan_config
+    run.plan_config = plan or kept
+    try:
+        run.attach([*_plugins(trainer), *(callback for callback in fresh if isinstance(callback, TrainerPlugin))])
+    except Exception:
+        run.plan_config = kept
+        raise
+    if not isinstance(trainer, PluginTrainerMixin):
+        trainer.__class__ = _extended(type(trainer))
+    cast(Any, trainer)._plugin_run = run
+    for callback in fresh:
+        trainer.add_callback(callback)
+    return trainer
+
+
+def _instances(callbacks: tuple[Any, ...]) -> Iterator[TrainerCallback]:
+    for callback in callbacks:
+        made = callback() if isinstance(callback, type) else callback
+        if not isinstance(made, TrainerCallback):
+            raise TypeError(f"extend takes callbacks after the trainer, got {type(made).__name__}")
+        yield made

@@ -1,0 +1,82 @@
+"""One row a plug-in: the generic matrices run over these rows, so a new plug-in gets all of them by adding its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import tiny
+
+from hf_pretrain_ext import TrainerPlugin
+from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
+
+
+@dataclass(frozen=True)
+class Row:
+    """How the matrices use a plug-in.
+
+    Args:
+        name: of the row.
+        make: the plug-in at work.
+        neutral: the plug-in at settings that change nothing, or None if it never changes anything.
+        neutral_arguments: TrainingArguments that the neutral comparison needs.
+        wraps_plan: whether it decides the data order.
+        observer: whether it only measures.
+        varied: the plug-in at other settings, which must give another result; empty for observers.
+    """
+
+    name: str
+    make: Callable[[], TrainerPlugin]
+    neutral: Callable[[], TrainerPlugin] | None = None
+    neutral_arguments: dict[str, Any] = field(default_factory=dict)
+    wraps_plan: bool = False
+    observer: bool = False
+    varied: tuple[Callable[[], TrainerPlugin], ...] = ()
+
+
+def old_data() -> Any:
+    return tiny.rows(50, seed=9)
+
+
+ROWS = [
+    Row(
+        "rewarm",
+        make=lambda: RewarmCallback(peak_lr=1e-2, warmup=2),
+        neutral=lambda: RewarmCallback(peak_lr=1e-2, warmup=0, min_lr="100%", allow_no_effect=True),
+        neutral_arguments={"lr_scheduler_type": "constant"},
+        varied=(
+            lambda: RewarmCallback(peak_lr=5e-3, warmup=2),
+            lambda: RewarmCallback(peak_lr=1e-2, warmup=3),
+            lambda: RewarmCallback(peak_lr=1e-2, warmup=2, min_lr="50%"),
+        ),
+    ),
+    Row(
+        "replay",
+        make=lambda: ReplayCallback(old_data(), ratio=0.25),
+        neutral=lambda: ReplayCallback(old_data(), ratio=0, allow_no_effect=True),
+        wraps_plan=True,
+        varied=(
+            lambda: ReplayCallback(old_data(), ratio=0.5),
+            lambda: ReplayCallback(old_data(), ratio=0.25, order="original"),
+            lambda: ReplayCallback(tiny.rows(50, seed=10), ratio=0.25),
+        ),
+    ),
+    Row(
+        "replay-additional",
+        make=lambda: ReplayCallback(old_data(), ratio=0.2, mode="additional", order="original"),
+        wraps_plan=True,
+        varied=(lambda: ReplayCallback(old_data(), ratio=0.4, mode="additional", order="original"),),
+    ),
+    Row("forgetting", make=lambda: ForgettingCallback({"old": tiny.rows(10, seed=9)}, every=2), observer=True),
+]
+
+TOGETHER = ("rewarm", "replay", "forgetting")
+
+
+def by_name(name: str) -> Row:
+    return next(row for row in ROWS if row.name == name)
+
+
+def make(names: tuple[str, ...]) -> list[TrainerPlugin]:
+    return [by_name(name).make() for name in names]

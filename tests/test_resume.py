@@ -1,0 +1,206 @@
+"""Exact resume in a new process, and what is refused as a resume (DESIGN.md, test 3; Settled questions 3)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import resume_cases
+import settings
+import tiny
+
+from hf_pretrain_ext import extend
+from hf_pretrain_ext.callbacks import ReplayCallback, RewarmCallback
+from hf_pretrain_ext.checkpoint import CheckpointError, last_complete_checkpoint
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("resume")
+    script = Path(resume_cases.__file__)
+    for part in ("first", "second"):
+        done = subprocess.run(
+            [sys.executable, str(script), part, str(folder)], capture_output=True, text=True, env=dict(os.environ)
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.resume
+@pytest.mark.parametrize("case", resume_cases.CASES, ids=lambda case: case.name)
+def test_resume_in_a_new_process_is_exact(case: resume_cases.Case, results: dict[str, Any]) -> None:
+    """Weights, optimizer, schedule, generator, counts, plug-in state and log equal an uninterrupted run's."""
+    found = results[case.name]
+    assert found["different"] == []
+    assert found["log"] == []
+    assert found["lengths"][0] == found["lengths"][1]
+
+
+def test_the_comparison_can_fail(tmp_path: Path) -> None:
+    """Negative control: a run of another seed is seen to differ in weights and optimizer."""
+    case = resume_cases.Case(("replay",), (2,), {"seed": 3})
+    other = resume_cases.Case(("replay",), (2,), {"seed": 4})
+    runs = []
+    for each in (case, other):
+        trained = resume_cases.build(each, tmp_path / each.name, None)
+        trained.train()
+        runs.append(resume_cases.snapshot(trained))
+    different = [key for key in runs[0] if not resume_cases.same(runs[0][key], runs[1][key])]
+    assert any(key.startswith("/weights") for key in different)
+    assert any(key.startswith("/optimizer") for key in different)
+
+
+def interrupted(folder: Path, **arguments: Any) -> Any:
+    trained = extend(
+        tiny.trainer(
+            folder,
+            *settings.make(settings.TOGETHER),
+            **{"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **arguments},
+        )
+    )
+    trained.train()
+    return trained
+
+
+def again(folder: Path, *plugins: Any, **arguments: Any) -> Any:
+    return extend(
+        tiny.trainer(
+            folder,
+            *(plugins or settings.make(settings.TOGETHER)),
+            **{"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **arguments},
+        )
+    )
+
+
+CHANGES: dict[str, tuple[dict[str, Any], list[Any], list[str]]] = {
+    "length": ({"max_steps": 8}, [], ["total_steps: 4 → 8", "learning rate of the checkpoint:", "learning rate now:"]),
+    "weight decay": ({"weight_decay": 0.1}, [], ["arguments.weight_decay: 0.0 → 0.1"]),
+    "global batch": ({"per_device_train_batch_size": 2}, [], ["global_batch: 4 → 2"]),
+    "seed": ({"seed": 5}, [], ["plan.seed: 3 → 5", "arguments.seed: 3 → 5"]),
+    "rate": (
+        {},
+        [
+            RewarmCallback(peak_lr=2e-2, warmup=2),
+            settings.by_name("replay").make(),
+            settings.by_name("forgetting").make(),
+        ],
+        ["plugins.rewarm.peak_lr: 0.01 → 0.02", "0 → 0.01 (linear)", "0 → 0.02 (linear)"],
+    ),
+    "ratio": (
+        {},
+        [
+            settings.by_name("rewarm").make(),
+            ReplayCallback(settings.old_data(), ratio=0.5),
+            settings.by_name("forgetting").make(),
+        ],
+        ["plugins.replay.ratio: 0.25 → 0.5", "plan.segments[0].weights"],
+    ),
+    "data": (
+        {},
+        [
+            settings.by_name("rewarm").make(),
+            ReplayCallback(tiny.rows(60, seed=9), ratio=0.25),
+            settings.by_name("forgetting").make(),
+        ],
+        ["plan.sources[1].num_rows: 50 → 60"],
+    ),
+    "plug-ins": ({}, [settings.by_name("rewarm").make()], ["plugins.replay: {", "→ absent"]),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpointed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpointed")
+    interrupted(folder)
+    return folder
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_run_is_refused_with_its_differences(change: str, checkpointed: Path) -> None:
+    arguments, plugins, expected = CHANGES[change]
+    with pytest.raises(CheckpointError) as refusal:
+        again(checkpointed, *plugins, **arguments).train(resume_from_checkpoint=str(checkpointed / "checkpoint-2"))
+    for text in [*expected, "a new run"]:
+        assert text in str(refusal.value)
+
+
+def test_what_may_change_does(checkpointed: Path, tmp_path: Path) -> None:
+    """Accumulation at an equal global batch, workers, logging, saving and output_dir may differ; order goes on."""
+    resumed = again(
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        dataloader_num_workers=1,
+        logging_steps=2,
+        save_strategy="no",
+    )
+    resumed.train(resume_from_checkpoint=str(checkpointed / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    whole = again(tmp_path / "whole", save_strategy="no")
+    whole.train()
+    gaps = [
+        (a - b).abs().max() for a, b in zip(tiny.weights(whole).values(), tiny.weights(resumed).values(), strict=True)
+    ]
+    assert float(max(gaps)) < 1e-4
+
+
+def damaged(checkpointed: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    shutil.copytree(checkpointed, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_a_missing_file_is_skipped_and_named(name: str, checkpointed: Path, tmp_path: Path) -> None:
+    """The host resumes silently without optimizer, scheduler or generator state; here that is not complete."""
+    folder = damaged(checkpointed, tmp_path)
+    (folder / "checkpoint-4" / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"{name} is missing.*newest complete checkpoint is .*checkpoint-2"):
+        again(folder).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    resumed = again(folder)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.plugin_run.resumed_at == 2
+
+
+def test_empty_and_half_written_folders_are_skipped(checkpointed: Path, tmp_path: Path) -> None:
+    folder = damaged(checkpointed, tmp_path)
+    (folder / "checkpoint-6").mkdir()
+    shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-5")
+    (folder / "checkpoint-5" / "hf_pretrain_ext" / "manifest.json").unlink()
+    with (folder / "checkpoint-4" / "optimizer.pt").open("r+b") as file:
+        file.truncate(100)
+    newest, skipped = last_complete_checkpoint(folder)
+    assert newest == folder / "checkpoint-2"
+    assert [path.name for path, _ in skipped] == ["checkpoint-6", "checkpoint-5", "checkpoint-4"]
+    assert [reason.split()[0] for _, reason in skipped] == ["the", "its", "optimizer.pt"]
+
+
+def test_a_checkpoint_of_a_bare_trainer_is_not_a_resume(tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    with pytest.raises(
+        CheckpointError, match=r"not written by a Trainer with plug-ins.*load the model from that folder"
+    ):
+        again(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(CheckpointError, match="no complete checkpoint to resume from"):
+        again(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_weights_only_checkpoints_are_not_a_resume(tmp_path: Path) -> None:
+    interrupted(tmp_path, save_only_model=True)
+    with pytest.raises(CheckpointError, match="save_only_model=True: it has no optimizer state"):
+        again(tmp_path, save_only_model=True).train(resume_from_checkpoint=True)
+
+
+def test_everything_written_loads_without_pickled_objects(checkpointed: Path) -> None:
+    import torch
+
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.load(checkpointed / "checkpoint-2" / name, weights_only=True)
+    for path in (checkpointed / "checkpoint-2" / "hf_pretrain_ext").iterdir():
+        json.loads(path.read_text())

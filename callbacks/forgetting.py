@@ -109,7 +109,11 @@ class ForgettingCallback(TrainerPlugin):
             yield from self._check_set(who, self._prepared[name], setup)
 
     def _check_set(self, who: str, dataset: Any, setup: Setup) -> Iterable[Problem]:
-        (stripped,), collate = setup.stripped([dataset])
+        try:
+            (stripped,), collate = setup.stripped([dataset])
+        except ValueError as error:
+            yield Problem(who, f"cannot be used: {error}", "Tokenize it like the evaluation data.")
+            return
         rows = data.token_rows(stripped, data.sample_rows(len(stripped), self.config.max_samples))
         found, vocabulary = data.id_range(rows), setup.embeddings
         if found and vocabulary and (found[0] < 0 or found[1] >= vocabulary):

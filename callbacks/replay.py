@@ -100,7 +100,11 @@ class ReplayCallback(TrainerPlugin):
         yield from self._check_amount(setup)
 
     def _check_rows(self, setup: Setup) -> Iterable[Problem]:
-        (ours, theirs), collate = setup.stripped([self._prepared, setup.train_dataset])
+        try:
+            (ours, theirs), collate = setup.stripped([self._prepared, setup.train_dataset])
+        except ValueError as error:
+            yield Problem(self.name, f"the replay data cannot be used: {error}", "Tokenize it like the training data.")
+            return
         if data.columns(ours) != data.columns(theirs):
             yield Problem(
                 self.name,

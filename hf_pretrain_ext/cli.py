@@ -40,3 +40,7 @@ def _demo(arguments: list[str]) -> int:
     (config,) = parser.parse_args_into_dataclasses(arguments)
     run_demo(config)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -85,9 +85,9 @@ class PlanBatchSampler(BatchSampler):
 
     def __iter__(self) -> Iterator[range]:  # type: ignore[override]  # ranges, where torch's annotation says lists
         first, size = self.start(), self.batch_size
-        for number in range(self.batches):
-            at = first + number * size
-            yield range(at, at + size)
+        starts = range(first, first + self.batches * size, size)
+        # A map of a built-in over ranges: the host skips to step 1,000,000 by taking a million of these.
+        return map(range, starts, range(first + size, first + (self.batches + 1) * size, size))
 
 
 class PlanCollator:

@@ -30,10 +30,13 @@ def _set_state(state: dict[str, Any]) -> None:
 
 
 def seed_all(seed: int) -> None:
-    """Seeds Python's, NumPy's and torch's global generators with `seed` (any non-negative int)."""
+    """Seeds Python's, NumPy's and torch's global generators of the CPU with `seed` (any non-negative int).
+
+    Not `torch.manual_seed`: it would also seed an accelerator that is not initialised yet, later, out of any guard.
+    """
     random.seed(seed)
     np.random.seed(seed % (1 << 32))
-    torch.manual_seed(seed % (1 << 63))
+    torch.default_generator.manual_seed(seed % (1 << 63))
 
 
 @contextmanager

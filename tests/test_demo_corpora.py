@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import gzip
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast, default_data_collator
 
-from hf_pretrain_ext.demo import corpora
+from hf_pretrain_ext.demo import corpora, manuals, sampling
 from hf_pretrain_ext.demo.corpora import Corpus, Document, split, strip_docstrings
 from hf_pretrain_ext.demo.tokenizer import END_OF_TEXT, blocks, encode_documents, train_tokenizer
 
@@ -26,7 +27,7 @@ LIMIT = 30
 HAS_GROFF = shutil.which("groff") is not None
 needs_groff = pytest.mark.skipif(not HAS_GROFF, reason="NOT TESTED: no groff (Debian package groff)")
 needs_german = pytest.mark.skipif(
-    not HAS_GROFF or not any((corpora.MAN / "de").glob("man*/*.gz")),
+    not HAS_GROFF or not any((manuals.MAN / "de").glob("man*/*.gz")),
     reason="NOT TESTED: German manual pages need groff and pages (Debian packages groff and manpages-de)",
 )
 
@@ -92,8 +93,8 @@ def test_split_holds_out_enough_and_not_too_much() -> None:
 
 def test_a_sample_has_both_sides() -> None:
     paths = [(document.name, Path(document.name)) for document in pages(5000)]
-    sampled = {name for name, _ in corpora._sample(paths, 200)}
-    assert {name for name, _ in corpora._sample(paths, 100)} < sampled and len(sampled) == 200
+    sampled = {name for name, _ in sampling.sample(paths, 200)}
+    assert {name for name, _ in sampling.sample(paths, 100)} < sampled and len(sampled) == 200
     assert len(sampled & {d.name for d in split(pages(5000))[1]}) < 20  # not the 200 that are held out
 
 
@@ -256,35 +257,35 @@ def test_rendered_page_is_unfolded_plain_text(tmp_path: Path) -> None:
     source = (
         TH + f".SH BEZEICHNUNG\n\\fBseite\\fP \\- kurz\n.SH BESCHREIBUNG\n{PARAGRAPH}\n.PP\nsiehe man-pages\n{table}"
     )
-    text = corpora._render_page(write_page(tmp_path / "seite.1.gz", source))
+    text = manuals.render_page(write_page(tmp_path / "seite.1.gz", source))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     assert lines == ["BEZEICHNUNG", "seite - kurz", "BESCHREIBUNG", PARAGRAPH, "siehe man-pages"]
 
 
 @needs_groff
 def test_redirection_renders_to_nothing(tmp_path: Path) -> None:
-    assert corpora._render_page(write_page(tmp_path / "other.1.gz", ".so man1/seite.1\n")) == ""
+    assert manuals.render_page(write_page(tmp_path / "other.1.gz", ".so man1/seite.1\n")) == ""
 
 
 def test_clean_page_undoes_overstrikes_and_escapes() -> None:
     rendered = "LS(1)  Handbuch  LS(1)\n\nB\bBE\bEZ\bZ _\bo\x1b[1md\x1b[0mer man\u2010page\n\nGNU  2024  LS(1)\n"
-    assert corpora._clean_page(rendered).strip() == "BEZ oder man-page"
+    assert manuals.clean_page(rendered).strip() == "BEZ oder man-page"
 
 
 @needs_groff
 def test_rendered_pages_are_cached_by_list_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = [("seite.1", write_page(tmp_path / "man" / "seite.1.gz", TH + f".SH A\n{PARAGRAPH}\n"))]
-    rows = corpora._render("pages", pages, tmp_path / "cache")
+    rows = manuals.render("pages", pages, tmp_path / "cache")
     calls: list[Path] = []
 
     def render_again(path: Path) -> str:
         calls.append(path)
         return "again"
 
-    monkeypatch.setattr(corpora, "_render_page", render_again)
-    assert corpora._render("pages", pages, tmp_path / "cache") == rows and not calls
+    monkeypatch.setattr(manuals, "render_page", render_again)
+    assert manuals.render("pages", pages, tmp_path / "cache") == rows and not calls
     write_page(pages[0][1], TH + f".SH A\n{PARAGRAPH} Etwas ist dazugekommen.\n")
-    assert corpora._render("pages", pages, tmp_path / "cache") == [("seite.1", "again")]
+    assert manuals.render("pages", pages, tmp_path / "cache") == [("seite.1", "again")]
     assert calls == [pages[0][1]]
 
 
@@ -312,9 +313,9 @@ def test_german_is_german(german: Corpus, english: Corpus) -> None:
 
 
 def test_without_groff_auto_is_python_and_german_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora.shutil, "which", lambda program: None)
+    monkeypatch.setattr(manuals.shutil, "which", lambda program: None)
     assert corpora.german_manuals(limit=1) is None
-    assert corpora.english_manuals(limit=1) == []
+    assert manuals.english_manuals(limit=1) == []
     assert corpora.new_domain(limit=LIMIT).name == "python-sources"
     with pytest.raises(RuntimeError, match="apt-get install groff manpages-de"):
         corpora.new_domain("german")
@@ -433,7 +434,7 @@ print(hashlib.sha256(repr((old, new, tokenizer.backend_tokenizer.to_str(), ids))
 def test_same_in_every_process() -> None:
     digests = set()
     for seed in ("1", "2"):
-        environment = {**corpora.os.environ, "PYTHONHASHSEED": seed}
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
         done = subprocess.run([sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         digests.add(done.stdout.split()[-1])
@@ -442,7 +443,7 @@ def test_same_in_every_process() -> None:
 
 @pytest.mark.slow
 def test_full_size_without_manual_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora.shutil, "which", lambda program: None)
+    monkeypatch.setattr(manuals.shutil, "which", lambda program: None)
     old, new = corpora.english_prose(), corpora.python_sources()
     for corpus in (old, new):
         train, heldout = (sum(len(d.text.encode()) for d in part) for part in (corpus.train, corpus.heldout))

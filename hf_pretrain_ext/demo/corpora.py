@@ -13,21 +13,14 @@ never kept again.
 from __future__ import annotations
 
 import ast
-import gzip
-import hashlib
 import importlib.util
 import itertools
-import json
 import os
 import re
-import shutil
-import subprocess
 import sysconfig
 import tokenize
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,10 +28,12 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from hf_pretrain_ext.demo import manuals
+from hf_pretrain_ext.demo.sampling import rank, sample
+
 __all__ = [
     "Corpus",
     "Document",
-    "english_manuals",
     "english_prose",
     "german_manuals",
     "new_domain",
@@ -55,14 +50,6 @@ SKIPPED_FOLDERS = frozenset({"__pycache__", "_vendor", "dist-packages", "idle_te
 )
 # Generated: character tables, the text of `help()` (it is in the old domain) and the settings of this very build.
 TABLES = re.compile(r"(encodings|html\.entities|pydoc_data|stringprep)\b|_sysconfigdata")
-
-MAN = Path("/usr/share/man")
-# English pages of these Debian packages only: what else lies in the folder differs from machine to machine. Section 3
-# (library functions) is left out: half of the pages, hence of the seconds, for a quarter of the prose.
-ENGLISH_PACKAGES = ("manpages", "manpages-dev")
-ENGLISH_PAGE = re.compile(rf"{MAN}/man[124-8]/.*\.gz")
-DPKG_LISTS = Path("/var/lib/dpkg/info")
-RENDER_PROCESSES = 2
 
 MIN_WORDS = 6
 WORD_SHARE = 0.75
@@ -117,19 +104,7 @@ class Corpus:
     heldout: list[Document]
 
 
-# --- splitting and sampling: functions of the document's name alone -------------------------------
-
-
-def _rank(name: str, purpose: bytes) -> float:
-    """A number in [0, 1) that depends on the name and the purpose only (`hash` would change with every process)."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8, person=purpose).digest(), "big") / 2**64
-
-
-def _sample(paths: Iterable[tuple[str, Path]], limit: int | None) -> list[tuple[str, Path]]:
-    """The named files sorted by name; with a limit, that many of them, always the same ones."""
-    # Not the ranking that splits: the files of lowest rank are those that are held out.
-    ranked = sorted(paths, key=lambda item: (_rank(item[0], b"sample"), item[0]))
-    return sorted(ranked[:limit])
+# --- splitting ------------------------------------------------------------------------------------
 
 
 def split(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
@@ -159,9 +134,9 @@ def split(documents: Iterable[Document]) -> tuple[list[Document], list[Document]
     train: list[Document] = []
     heldout: list[Document] = []
     held_bytes = 0
-    ranked = sorted((_rank(document.name, b"split"), document.name, document) for document in unique.values())
-    for rank, _, document in ranked:
-        wanted = held_bytes < minimum or (rank < HELDOUT_SHARE and held_bytes < HELDOUT_MAX_BYTES)
+    ranked = sorted((rank(document.name, b"split"), document.name, document) for document in unique.values())
+    for place, _, document in ranked:
+        wanted = held_bytes < minimum or (place < HELDOUT_SHARE and held_bytes < HELDOUT_MAX_BYTES)
         (heldout if wanted else train).append(document)
         held_bytes += len(document.text.encode()) if wanted else 0
     return sorted(train, key=lambda d: d.name), sorted(heldout, key=lambda d: d.name)
@@ -307,7 +282,7 @@ def _standard_library(limit: int | None) -> tuple[tuple[str, str, str], ...]:
     """Module name, docstrings and source without docstrings of each standard module, parsed once for both domains."""
     modules = []
     files = (item for item in _modules(Path(sysconfig.get_path("stdlib"))) if not TABLES.match(item[0]))
-    for name, path in tqdm(_sample(files, limit), desc="standard library", unit="file"):
+    for name, path in tqdm(sample(files, limit), desc="standard library", unit="file"):
         if parsed := _parse(path):
             modules.append((name, _docstrings(parsed[1]), strip_docstrings(*parsed)))
     return tuple(modules)
@@ -319,7 +294,7 @@ def _package_docstrings(limit: int | None) -> Iterator[tuple[str, str]]:
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin is not None:
-            files += _sample(_modules(Path(spec.origin).parent, package), limit)
+            files += sample(_modules(Path(spec.origin).parent, package), limit)
     for name, path in tqdm(files, desc="docstrings of packages", unit="file"):
         if parsed := _parse(path):
             yield name, _docstrings(parsed[1])
@@ -336,73 +311,7 @@ def _help_topics(limit: int | None) -> Iterator[tuple[str, str]]:
             yield from sorted((f"topics/{topic}", text) for topic, text in topics.items())[:limit]
 
 
-# --- manual pages ---------------------------------------------------------------------------------
-
-
-def _clean_page(rendered: str) -> str:
-    """A rendered page without header, footer, terminal escapes, overstrikes, typographic hyphens and table rules."""
-    text = re.sub(r"\x1b\[[0-9;]*m|\x1b\]8;[^\x1b\x07]*(?:\x1b\\|\x07)|.\x08", "", rendered)
-    text = unicodedata.normalize("NFC", text)
-    text = text.translate({0x2010: "-", 0x2011: "-", 0x2212: "-", 0x00AD: None, 0x00A0: " "})
-    lines = ["" if re.search(r"[\u2500-\u257f]", line) else line.rstrip() for line in text.strip("\n").split("\n")]
-    return "\n".join(lines[1:-1])
-
-
-def _render_page(path: Path) -> str:
-    """A manual page as text, one line a paragraph; `""` for a page that only points to another or does not render."""
-    source = gzip.decompress(path.read_bytes())
-    if source.lstrip().startswith(b".so "):
-        return ""
-    # HY=0: no hyphenation. LL: lines of 4,000 columns, so that next to no paragraph is folded or adjusted.
-    # -P-cbu: plain text, neither colours nor overstrikes. -t: the page may hold tables.
-    command = ["groff", "-t", "-Kutf8", "-Tutf8", "-mandoc", "-rHY=0", "-rLL=4000n", "-P-cbu"]
-    settings = {key: value for key, value in os.environ.items() if not key.startswith("GROFF")}
-    try:
-        done = subprocess.run(command, input=source, capture_output=True, timeout=60, env=settings, check=True)
-    except subprocess.SubprocessError:
-        return ""
-    return _clean_page(done.stdout.decode("utf-8", "replace"))
-
-
-def _render(name: str, pages: list[tuple[str, Path]], cache_dir: Path | None) -> list[tuple[str, str]]:
-    """Rendered pages by name, from the cache when it holds these pages at these sizes as made by this very code."""
-    key = json.dumps([[page, path.stat().st_size] for page, path in pages]).encode() + Path(__file__).read_bytes()
-    cache = Path(cache_dir, f"{name}-{hashlib.blake2b(key, digest_size=8).hexdigest()}.json") if cache_dir else None
-    if cache is not None and cache.exists():
-        return [tuple(row) for row in json.loads(cache.read_text(encoding="utf-8"))]
-    with ThreadPoolExecutor(RENDER_PROCESSES) as pool:  # a thread waits for a groff process
-        texts = pool.map(_render_page, [path for _, path in pages])
-        bar = tqdm(texts, desc=name, total=len(pages), unit="page")
-        rows = [(page, text) for (page, _), text in zip(pages, bar, strict=True)]
-    if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(f".{os.getpid()}")  # renamed when whole: an interrupted run leaves no half cache
-        partial.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-        partial.replace(cache)
-    return rows
-
-
-def _pages(paths: Iterable[Path], limit: int | None) -> list[tuple[str, Path]]:
-    """Page name (`"de/man1/tar.1"`) and path; links are other names of pages and left out."""
-    named = ((str(path.relative_to(MAN)).removesuffix(".gz"), path) for path in paths)
-    return _sample(((name, path) for name, path in named if path.is_file() and not path.is_symlink()), limit)
-
-
-def english_manuals(cache_dir: Path | None = None, limit: int | None = None) -> list[tuple[str, str]]:
-    """
-    Manual pages of the Debian packages `manpages` and `manpages-dev` (sections 1, 2, 4 to 8), rendered, not filtered.
-
-    Args:
-        cache_dir (`Path`, *optional*): folder that keeps the rendered text.
-        limit (`int`, *optional*): at most this many pages, always the same ones.
-
-    Returns:
-        `list[tuple[str, str]]`: page name and text; empty without groff or without the pages.
-    """
-    lists = [DPKG_LISTS / f"{package}.list" for package in ENGLISH_PACKAGES]
-    files = [line for path in lists if path.exists() for line in path.read_text().splitlines()]
-    pages = _pages((Path(file) for file in files if ENGLISH_PAGE.fullmatch(file)), limit)
-    return _render("english-manuals", pages, cache_dir) if pages and shutil.which("groff") else []
+# --- the domains ----------------------------------------------------------------------------------
 
 
 def _is_german(text: str) -> bool:
@@ -422,15 +331,11 @@ def german_manuals(cache_dir: Path | None = None, limit: int | None = None) -> C
     Returns:
         `Corpus` or `None`: None without groff or without the pages (Debian packages `groff` and `manpages-de`).
     """
-    pages = _pages((MAN / "de").glob("man*/*.gz"), limit)
-    if not pages or not shutil.which("groff"):
+    pages = manuals.german_manuals(cache_dir, limit)
+    if not pages:
         return None
-    rendered = _render("german-manuals", pages, cache_dir)
-    train, heldout = split(_documents(rendered, _is_german))
+    train, heldout = split(_documents(pages, _is_german))
     return Corpus("german-manuals", f"German prose of {len(pages)} manual pages.", train, heldout)
-
-
-# --- the domains ----------------------------------------------------------------------------------
 
 
 def english_prose(cache_dir: Path | None = None, limit: int | None = None) -> Corpus:
@@ -445,12 +350,12 @@ def english_prose(cache_dir: Path | None = None, limit: int | None = None) -> Co
         limit (`int`, *optional*): at most this many files of the standard library, of each package and of the manual,
             and help topics; always the same ones. For tests and quick looks.
     """
-    manuals = english_manuals(cache_dir, limit)
+    pages = manuals.english_manuals(cache_dir, limit)
     library = ((name, text) for name, text, _ in _standard_library(limit))
-    texts = itertools.chain(_help_topics(limit), library, _package_docstrings(limit), manuals)
+    texts = itertools.chain(_help_topics(limit), library, _package_docstrings(limit), pages)
     train, heldout = split(_documents(texts))
     made_of = "Python's help topics and the docstrings of the standard library, " + ", ".join(PACKAGES)
-    return Corpus("english-prose", made_of + f"; {len(manuals)} manual pages.", train, heldout)
+    return Corpus("english-prose", made_of + f"; {len(pages)} manual pages.", train, heldout)
 
 
 def python_sources(limit: int | None = None) -> Corpus:
@@ -487,7 +392,7 @@ def new_domain(
     german = german_manuals(cache_dir, limit) if prefer != "python" else None
     if prefer == "german" and german is None:
         raise RuntimeError(
-            f"German manual pages need the program groff and pages in {MAN / 'de'}. On Debian and Ubuntu:"
+            f"German manual pages need the program groff and pages in {manuals.MAN / 'de'}. On Debian and Ubuntu:"
             " apt-get install groff manpages-de. Without them, take prefer='auto' or prefer='python'."
         )
     return german or python_sources(limit)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hf_pretrain_ext import data
-from hf_pretrain_ext.forgetting import ForgettingConfig, History, heldout_loss, is_probe_step
+from hf_pretrain_ext.forgetting import ForgettingConfig, History, heldout_loss, is_probe_step, number_of_probes
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
 from hf_pretrain_ext.report.plots import forgetting_plot, have_matplotlib
 from hf_pretrain_ext.rng import rng_guard
@@ -156,8 +156,8 @@ class ForgettingCallback(TrainerPlugin):
     def describe(self) -> list[str]:
         if self.run is None:
             return []
-        steps = [step for step in range(min(self.run.total_steps, 100_000) + 1) if self._is_due(step)]
-        return [f"forgetting: {len(steps)} probes of {', '.join(self.datasets)} ({self._rows_text()})"]
+        probes = number_of_probes(self.run.total_steps, self._every(), self.config.first_steps == "dense")
+        return [f"forgetting: {probes} probes of {', '.join(self.datasets)} ({self._rows_text()})"]
 
     def _rows_text(self) -> str:
         return ", ".join(f"{min(len(d), self.config.max_samples):,} rows" for d in self._prepared.values())
@@ -201,8 +201,10 @@ class ForgettingCallback(TrainerPlugin):
     def _is_due(self, step: int) -> bool:
         if self.run is None:
             return False
-        every = max(to_steps(self.config.every, self.run.total_steps, "every"), 1)
-        return is_probe_step(step, self.run.total_steps, every, dense=self.config.first_steps == "dense")
+        return is_probe_step(step, self.run.total_steps, self._every(), dense=self.config.first_steps == "dense")
+
+    def _every(self) -> int:
+        return max(to_steps(self.config.every, self.run.total_steps if self.run else 1, "every"), 1)
 
     def _probe(self, control: Any) -> None:
         run = self.run

@@ -80,7 +80,11 @@ class RewarmCallback(TrainerPlugin):
         return self.config.build(total_steps)
 
     def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.config)
+        # Lengths and rates as text, whether they came from Python or from a command line.
+        return {
+            key: str(value) if key in ("warmup", "min_lr", "start_lr") else value
+            for key, value in dataclasses.asdict(self.config).items()
+        }
 
     def check(self, setup: Setup) -> Iterable[Problem]:
         if setup.args.learning_rate <= 0:

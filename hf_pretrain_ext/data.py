@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 from hf_pretrain_ext.plan.counter import derive_key, random_words
 from hf_pretrain_ext.plan.permutation import feistel
 
-__all__ = ["columns", "id_range", "ngram_hashes", "overlap", "sample_rows", "tokenizer_fingerprint"]
+__all__ = [
+    "columns",
+    "fingerprint",
+    "id_range",
+    "ngram_hashes",
+    "overlap",
+    "sample_rows",
+    "token_rows",
+    "tokenizer_fingerprint",
+]
 
 SAMPLE = 1_000
 """Rows that a check looks at (DESIGN: 1,000 sampled rows at `extend`)."""
@@ -49,6 +58,28 @@ def token_rows(dataset: Any, rows: Sequence[int]) -> list[NDArray[np.int64]]:
         items = [dataset[row] for row in rows]
         found = [item["input_ids"] for item in items if isinstance(item, Mapping) and "input_ids" in item]
     return [np.asarray(ids, dtype=np.int64).reshape(-1) for ids in found]
+
+
+def fingerprint(dataset: Any, size: int = 64) -> str:
+    """A hash of a map-style dataset's length and of some of its rows, chosen by key: other data gives another.
+
+    Rows are hashed by their token ids where they have any, else by their text form.
+
+    Example:
+
+    >>> rows = [{"input_ids": [1, 2]}, {"input_ids": [3, 4]}]
+    >>> fingerprint(rows) == fingerprint(list(rows)), fingerprint(rows) == fingerprint(rows[::-1])
+    (True, False)
+    """
+    digest = hashlib.blake2b(str(len(dataset)).encode(), digest_size=16)
+    rows = sample_rows(len(dataset), size)
+    if "input_ids" in columns(dataset):
+        for ids in token_rows(dataset, rows):
+            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+    else:
+        for row in rows:
+            digest.update(repr(dataset[row]).encode())
+    return digest.hexdigest()
 
 
 def id_range(rows: Sequence[NDArray[np.int64]]) -> tuple[int, int] | None:

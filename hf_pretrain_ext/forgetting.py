@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from hf_pretrain_ext.units import to_steps
 
-__all__ = ["ForgettingConfig", "History", "heldout_loss", "is_probe_step", "summarise"]
+__all__ = ["ForgettingConfig", "History", "heldout_loss", "is_probe_step", "number_of_probes", "summarise"]
 
 RECOVERY_MARGIN = 0.01
 """Nats above the initial loss at which a set counts as recovered."""
@@ -69,6 +69,20 @@ def is_probe_step(step: int, total_steps: int, every: int, dense: bool) -> bool:
     if step in (0, total_steps) or step % every == 0:
         return True
     return dense and (step <= DENSE or step & (step - 1) == 0)
+
+
+def number_of_probes(total_steps: int, every: int, dense: bool) -> int:
+    """How many steps of a run of `total_steps` steps a probe is due at.
+
+    Example:
+
+    >>> number_of_probes(100, 50, dense=True)
+    25
+    """
+    extra = {total_steps}
+    if dense:
+        extra |= set(range(1, DENSE + 1)) | {1 << power for power in range(total_steps.bit_length())}
+    return total_steps // every + 1 + sum(step % every != 0 and step <= total_steps for step in extra)
 
 
 def heldout_loss(

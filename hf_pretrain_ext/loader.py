@@ -6,6 +6,7 @@ of the plan what they mean.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,9 @@ class PlanDataset(Dataset[Any]):
     """
 
     def __init__(self, plan: SamplePlan, datasets: Sequence[Any]):
-        self.plan = plan
+        # Workers get the rows once: through `datasets`, stripped of unused columns, and not with the plan again.
+        bare = tuple(dataclasses.replace(source, dataset=None) for source in plan.sources)
+        self.plan = dataclasses.replace(plan, sources=bare)
         self.datasets = list(datasets)
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from transformers import Trainer
 
 from hf_pretrain_ext import _host, checkpoint
 from hf_pretrain_ext.checks import find_problems, in_order
+from hf_pretrain_ext.data import fingerprint
 from hf_pretrain_ext.plan import SamplePlan, Source
 from hf_pretrain_ext.plan.plan import MAX_WINDOW
 from hf_pretrain_ext.plugin import PluginError, Problem, Setup, TrainerPlugin, overrides
@@ -27,31 +29,44 @@ if TYPE_CHECKING:
     from hf_pretrain_ext.schedules import LRSchedule
     from hf_pretrain_ext.trainer import PlanConfig
 
-__all__ = ["PluginRun", "run_length"]
+__all__ = ["PluginRun", "host_length", "run_length"]
 
 # What may differ between a run and its resume, because it does not change what is trained on or how: where files go,
 # what is logged, evaluated and saved, workers, and the split of one global batch over ranks and micro-batches.
 _FREE_PREFIXES = ("logging_", "log_", "eval_", "save_", "dataloader_", "hub_", "push_to_hub", "ddp_", "do_", "report_")
 _FREE_ARGUMENTS = frozenset(
-    "accelerator_config auto_find_batch_size batch_eval_metrics bf16_full_eval dataset_num_proc debug deepspeed "
-    "disable_tqdm enable_jit_checkpoint fp16_full_eval fsdp fsdp_config gradient_accumulation_steps "
-    "greater_is_better ignore_data_skip include_for_metrics include_num_input_tokens_seen load_best_model_at_end "
-    "local_rank metric_for_best_model output_dir parallelism_config per_device_eval_batch_size "
-    "per_device_train_batch_size prediction_loss_only project remove_unused_columns "
+    "batch_eval_metrics bf16_full_eval dataset_num_proc debug disable_tqdm enable_jit_checkpoint fp16_full_eval "
+    "gradient_accumulation_steps greater_is_better ignore_data_skip include_for_metrics "
+    "include_num_input_tokens_seen load_best_model_at_end local_rank metric_for_best_model output_dir "
+    "per_device_eval_batch_size per_device_train_batch_size prediction_loss_only project "
     "restore_callback_states_from_checkpoint resume_from_checkpoint run_name skip_memory_metrics "
-    "torch_empty_cache_steps trackio_space_id trackio_bucket_id trackio_static_space_id use_cpu".split()
+    "torch_empty_cache_steps trackio_space_id trackio_bucket_id trackio_static_space_id".split()
 )
 
 
 def run_length(args: Any, epoch: int, global_batch: int) -> tuple[int, int]:
-    """Optimizer steps of an epoch of `epoch` samples and of the whole run, as the host counts them.
+    """Optimizer steps of an epoch of `epoch` draws of a plan, and of the whole run.
 
     Epochs are rounded up to whole global batches (down with `dataloader_drop_last`).
     """
     per_epoch = epoch // global_batch if args.dataloader_drop_last else -(-epoch // global_batch)
+    return _with_epochs(args, per_epoch)
+
+
+def host_length(args: Any, samples: int, batch_size: int, global_batch: int) -> tuple[int, int]:
+    """The same for `samples` rows without a plan, as the host counts them: rounded per rank and micro-batch."""
+    ranks = global_batch // (batch_size * args.gradient_accumulation_steps)
+    if args.dataloader_drop_last:
+        per_rank = samples // batch_size // ranks
+    else:
+        per_rank = -(-samples // (batch_size * ranks))
+    return _with_epochs(args, -(-per_rank // args.gradient_accumulation_steps))
+
+
+def _with_epochs(args: Any, per_epoch: int) -> tuple[int, int]:
     per_epoch = max(per_epoch, 1)
-    total = args.max_steps if args.max_steps > 0 else int(-(-args.num_train_epochs * per_epoch // 1))
-    return per_epoch, total
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    return per_epoch, int(total)
 
 
 class PluginRun:
@@ -74,6 +89,7 @@ class PluginRun:
         self._uncommitted: torch.Tensor | None = None
         self._shown: set[Problem] = set()
         self._restored: dict[str, Any] | None = None
+        self._fingerprints: dict[str, str] = {}
 
     # What a plug-in may use
 
@@ -160,12 +176,7 @@ class PluginRun:
 
     def attach(self, candidates: Sequence[TrainerPlugin]) -> None:
         """Checks the list as a whole, then takes it over: on an error nothing was changed."""
-        length = None
-        dataset = self.trainer.train_dataset
-        if hasattr(dataset, "__len__") and len(dataset):
-            length = run_length(self.trainer.args, len(dataset), self.global_batch)[1]
-        elif self.trainer.args.max_steps > 0:
-            length = self.trainer.args.max_steps
+        length = self._host_length()[1] or None
         problems = find_problems(
             Setup(self.trainer, tuple(candidates), self.global_batch, length, self.given_optimizer)
         )
@@ -206,6 +217,7 @@ class PluginRun:
             self.steps_per_epoch, self.total_steps = run_length(trainer.args, self.plan.epoch, self.global_batch)
         else:
             self.steps_per_epoch, self.total_steps = self._host_length()
+        self._fingerprints = self._data()
         owner = self.owner("schedule")
         self.lr_schedule = owner.schedule(trainer.args, self.total_steps) if owner else None
         sources = len(self.plan.sources) if self.plan else 0
@@ -226,9 +238,19 @@ class PluginRun:
             self.say("\n".join(description))
 
     def _host_length(self) -> tuple[int, int]:
-        trainer = self.trainer
-        values = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-        return int(values[1]), int(values[6])
+        """Steps an epoch and steps in all of the training data as it is; zeros where that cannot be known."""
+        args, dataset = self.trainer.args, self.trainer.train_dataset
+        if hasattr(dataset, "__len__") and len(dataset):
+            return host_length(args, len(dataset), _host.train_batch_size(self.trainer), self.global_batch)
+        return max(args.max_steps, 0), max(args.max_steps, 0)
+
+    def _data(self) -> dict[str, str]:
+        """What the training data is, from a sample of its rows: other data of the same size is other data."""
+        if self.plan is not None:
+            return {source.name: fingerprint(source.dataset) for source in self.plan.sources}
+        dataset = self.trainer.train_dataset
+        known = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)
+        return {"train": fingerprint(dataset)} if known else {}
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the run does; a resume must have the same."""
@@ -242,6 +264,7 @@ class PluginRun:
                 "plugins": {plugin.name: plugin.settings() for plugin in self.plugins},
                 "plan": self.plan.identity() if self.plan else None,
                 "schedule": self.lr_schedule.identity() if self.lr_schedule else None,
+                "data": self._fingerprints,
                 "global_batch": self.global_batch,
                 "total_steps": self.total_steps,
                 "arguments": arguments,

@@ -204,3 +204,43 @@ def test_everything_written_loads_without_pickled_objects(checkpointed: Path) ->
         torch.load(checkpointed / "checkpoint-2" / name, weights_only=True)
     for path in (checkpointed / "checkpoint-2" / "hf_pretrain_ext").iterdir():
         json.loads(path.read_text())
+
+
+def test_other_data_of_the_same_size_is_other_data(checkpointed: Path) -> None:
+    plugins = settings.make(settings.TOGETHER)
+    other = extend(
+        tiny.trainer(
+            checkpointed, *plugins, data=tiny.rows(40, seed=123), save_strategy="steps", save_steps=2, max_steps=4
+        )
+    )
+    with pytest.raises(CheckpointError, match=r"data\.train: '[0-9a-f]+' → '[0-9a-f]+'"):
+        other.train(resume_from_checkpoint=str(checkpointed / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("samples", [3, 37, 40, 41])
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (4, 3), (7, 2)])
+def test_the_length_of_a_run_is_the_hosts(
+    drop_last: bool, samples: int, batch: int, accumulation: int, tmp_path: Path
+) -> None:
+    """Steps predicted before training against what the host itself computes, without a plan and with one."""
+    from hf_pretrain_ext.run import host_length, run_length
+
+    trainer = tiny.trainer(
+        tmp_path,
+        data=tiny.rows(samples),
+        max_steps=-1,
+        num_train_epochs=1.5,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        dataloader_drop_last=drop_last,
+    )
+    per_epoch, total = host_length(trainer.args, samples, batch, batch * accumulation)
+    if samples >= batch or not drop_last:
+        values = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+        assert (per_epoch, total) == (values[1], values[6])
+    planned = extend(trainer, ReplayCallback(tiny.rows(9, seed=5), ratio=0.25))
+    plan = planned.plugin_run.build_plan()
+    assert plan is not None
+    values = planned.set_initial_training_values(planned.args, planned.get_train_dataloader())
+    assert run_length(planned.args, plan.epoch, batch * accumulation) == (values[1], values[6])

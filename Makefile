@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP) ## make the environment
 
 demo: $(STAMP) ## train and report a small example into demo_output/
-	$(BIN)/hf-pretrain-ext demo --output demo_output
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/hf-pretrain-ext demo --output demo_output
 
 test: quality ## format, lint and type checks, then every test not marked slow
 	$(PYTEST) -m "not slow" -n $(PYTEST_WORKERS) --dist loadfile

@@ -15,6 +15,7 @@ from hf_pretrain_ext.forgetting import ForgettingConfig, History, heldout_loss, 
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
 from hf_pretrain_ext.report.plots import forgetting_plot, have_matplotlib
 from hf_pretrain_ext.rng import rng_guard
+from hf_pretrain_ext.trace import plain
 from hf_pretrain_ext.units import to_steps
 
 __all__ = ["ForgettingCallback"]
@@ -249,7 +250,8 @@ class ForgettingCallback(TrainerPlugin):
         if run is None:
             return
         for name, threshold in self.alert_if.items():
-            if self.history.rise(name) > threshold and name not in self._alerted:
+            # Not "rise > threshold": a loss that is not a number has risen too.
+            if not self.history.rise(name) <= threshold and name not in self._alerted:
                 self._alerted.append(name)
                 run.trace("alert", set=name, rise=self.history.rise(name), threshold=threshold)
                 run.say(
@@ -258,7 +260,7 @@ class ForgettingCallback(TrainerPlugin):
                     logging.WARNING,
                 )
         for name, threshold in self.stop_if.items():
-            if self.history.rise(name) > threshold and not control.should_training_stop:
+            if not self.history.rise(name) <= threshold and not control.should_training_stop:
                 control.should_training_stop = True
                 control.should_save = control.should_save or run.trainer.args.save_strategy != "no"
                 run.trace("stop", set=name, rise=self.history.rise(name), threshold=threshold)
@@ -274,7 +276,7 @@ class ForgettingCallback(TrainerPlugin):
         folder = Path(self.run.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "forgetting.json.tmp"
-        temporary.write_text(json.dumps(self.history.to_json(), indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(plain(self.history.to_json()), indent=1, allow_nan=False), encoding="utf-8")
         temporary.replace(folder / "forgetting.json")
 
 

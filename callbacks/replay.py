@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from hf_pretrain_ext import data
-from hf_pretrain_ext.plan import SamplePlan, Source
+from hf_pretrain_ext.plan import SamplePlan, Source, integer_weights
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
 from hf_pretrain_ext.replay import Mode, ReplayConfig, realised_ratio, with_replay
 
@@ -77,6 +77,14 @@ class ReplayCallback(TrainerPlugin):
         ratio = self.config.ratio
         if ratio == 0 and not self.allow_no_effect:
             yield Problem(self.name, "would change nothing with ratio=0", "Raise it, or pass allow_no_effect=True.")
+        kept = integer_weights([1 - ratio, ratio])[1] / sum(integer_weights([1 - ratio, ratio])) if ratio else 0
+        if abs(kept - ratio) > 1e-3 * ratio:
+            yield Problem(
+                self.name,
+                f"ratio={ratio:g} is rounded to {kept:g}, a multiple of 1/65536",
+                "Use a larger ratio if that is too coarse.",
+                level="note",
+            )
         if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
             yield Problem(
                 self.name,

@@ -74,7 +74,7 @@ class RewarmCallback(TrainerPlugin):
         )
         self.allow_no_effect = allow_no_effect
         # A trial build finds what is wrong whatever the length of the run; a length in steps is judged at `extend`.
-        self.config.build(total_steps or 1_000_000_000)
+        self.config.build(1_000_000_000)
 
     def schedule(self, args: Any, total_steps: int) -> LRSchedule:
         return self.config.build(total_steps)

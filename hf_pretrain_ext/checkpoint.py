@@ -21,6 +21,7 @@ STATE_FOLDER = "hf_pretrain_ext"
 _STATE = "state.json"
 _MANIFEST = "manifest.json"
 _FORMAT = 1
+_PART = ".hpe-part"
 # The SIGTERM checkpoint keeps this file while it saves and removes it afterwards.
 _SENTINEL = "checkpoint-is-incomplete.txt"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -32,7 +33,7 @@ class CheckpointError(ValueError):
 
 def _write_json(path: Path, content: Any) -> None:
     """Writes to a temporary name, syncs and renames: afterwards there is the old file or the whole new one."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(_PART)
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(plain(content), file, ensure_ascii=False, allow_nan=False, indent=1)
         file.flush()
@@ -58,13 +59,16 @@ def _hash(path: Path) -> str:
 def _files(checkpoint: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(checkpoint.rglob("*")):
         name = path.relative_to(checkpoint).as_posix()
-        if path.is_file() and name not in (_SENTINEL, f"{STATE_FOLDER}/{_MANIFEST}"):
+        if path.is_file() and name not in (_SENTINEL, f"{STATE_FOLDER}/{_MANIFEST}") and path.suffix != _PART:
             yield name, path
 
 
 def invalidate(checkpoint: str | Path) -> None:
     """Removes the manifest of a checkpoint that is about to be written again: until the new one, it is incomplete."""
-    (Path(checkpoint) / STATE_FOLDER / _MANIFEST).unlink(missing_ok=True)
+    folder = Path(checkpoint) / STATE_FOLDER
+    (folder / _MANIFEST).unlink(missing_ok=True)
+    for left in folder.glob(f"*{_PART}"):
+        left.unlink()
 
 
 def write_state(checkpoint: str | Path, state: dict[str, Any]) -> None:
@@ -97,24 +101,29 @@ def find_faults(checkpoint: str | Path) -> list[str]:
         files = dict(manifest["files"])
         form = manifest["format"]
         expected = {str(name): (int(entry["size"]), str(entry["xxh3_128"])) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, OverflowError, RecursionError) as error:
         return [f"{STATE_FOLDER}/{_MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     if form != _FORMAT:
         return [f"its manifest has format {form!r}; this version reads format {_FORMAT}"]
-    faults = []
-    for name, (size, digest) in expected.items():
-        path = checkpoint / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            faults.append(f"its manifest names a file outside the checkpoint: {name!r}")
-        elif not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            faults.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
-        elif _hash(path) != digest:
-            faults.append(f"{name} was altered (its hash differs)")
+    faults = [fault for name, entry in expected.items() if (fault := _fault(checkpoint, name, *entry))]
     if f"{STATE_FOLDER}/{_STATE}" not in expected:
         faults.append(f"its manifest does not list {STATE_FOLDER}/{_STATE}")
     return faults
+
+
+def _fault(checkpoint: Path, name: str, size: int, digest: str) -> str | None:
+    """What is wrong with one file that a manifest lists, None if it is as it was written."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return f"its manifest names a file outside the checkpoint: {name!r}"
+    path = checkpoint / name
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        return None if _hash(path) == digest else f"{name} was altered (its hash differs)"
+    except (OSError, ValueError) as error:
+        return f"{name[:80]} is missing or cannot be read ({type(error).__name__}: {str(error)[:80]})"
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -139,9 +148,9 @@ def resolve(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -
     """
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None, []
-    newest, skipped = last_complete_checkpoint(output_dir)
-    lines = [f"skipped {path.name}: {fault}" for path, fault in skipped]
     if resume_from_checkpoint is True:
+        newest, skipped = last_complete_checkpoint(output_dir)
+        lines = [f"skipped {path.name}: {fault}" for path, fault in skipped]
         if newest is None:
             found = "\n".join(f"  {line}" for line in lines) or "  it holds no checkpoints"
             raise CheckpointError(f"no complete checkpoint to resume from in {output_dir}:\n{found}")
@@ -150,7 +159,7 @@ def resolve(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -
     if faults:
         # The folder beside the one named is where its run kept the others.
         beside, _ = last_complete_checkpoint(Path(resume_from_checkpoint).resolve().parent)
-        newest = beside or newest
+        newest = beside or last_complete_checkpoint(output_dir)[0]
         advice = f"The newest complete checkpoint is {newest}." if newest else "There is no complete checkpoint."
         raise CheckpointError(
             f"cannot resume from {resume_from_checkpoint}: {'; '.join(faults)}. {advice} To start a new run from its "

@@ -171,7 +171,8 @@ def summarise(steps: Sequence[int], losses: Sequence[float]) -> dict[str, float 
     (1, 0.5, 3, 0.1)
     """
     initial, final = losses[0], losses[-1]
-    at = max(range(len(losses)), key=lambda k: (losses[k], -k))
+    # A loss that is not a number is worse than any that is.
+    at = max(range(len(losses)), key=lambda k: (math.isnan(losses[k]), losses[k], -k))
     recovered = [steps[k] for k in range(at + 1, len(losses)) if losses[k] <= initial + RECOVERY_MARGIN]
     return {
         "initial": initial,
@@ -201,7 +202,12 @@ class History:
 
     def __init__(self, sets: dict[str, Any] | None = None):
         self.sets: dict[str, dict[str, Any]] = {
-            name: {"tokens": int(entry["tokens"]), "steps": list(entry["steps"]), "losses": list(entry["losses"])}
+            # float: JSON holds a loss that was not finite as text.
+            name: {
+                "tokens": int(entry["tokens"]),
+                "steps": list(entry["steps"]),
+                "losses": [float(loss) for loss in entry["losses"]],
+            }
             for name, entry in (sets or {}).items()
         }
 

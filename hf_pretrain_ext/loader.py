@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import BatchSampler, Dataset
 
 from hf_pretrain_ext.plan import Draws, SamplePlan
+from hf_pretrain_ext.plan.counter import derive_key
 from hf_pretrain_ext.rng import rng_guard
 
 __all__ = ["COUNTS", "DrawnFeatures", "PlanBatchSampler", "PlanCollator", "PlanDataset", "loss_tokens"]
@@ -117,7 +118,9 @@ class PlanCollator:
             raise TypeError(f"a plan's collator takes the features that a PlanDataset returns, got {type(features)}")
         draws = features.draws
         lengths = [_length(feature) for feature in features]
-        with rng_guard(int(draws.seed[0])):
+        seed = int(draws.seed[0])
+        with rng_guard(seed):
+            _rekey(self.collator, seed)
             batch = self.collator(features)
         if not isinstance(batch, Mapping):
             return batch
@@ -137,12 +140,30 @@ class PlanCollator:
             return
         low, high = (int(value) for value in torch.aminmax(ids))
         if low < 0 or high >= self.vocabulary:
-            names = ", ".join(self.sources[k] for k in np.unique(draws.source))
-            rows = ", ".join(str(row) for row in draws.row[:8])
+            wrong = np.arange(len(draws))
+            if len(ids) == len(draws):
+                wrong = np.flatnonzero(((ids < 0) | (ids >= self.vocabulary)).flatten(1).any(dim=1).numpy())
+            names = ", ".join(self.sources[k] for k in np.unique(draws.source[wrong]))
+            rows = ", ".join(str(row) for row in draws.row[wrong[:8]])
             raise ValueError(
                 f"a batch holds token id {low if low < 0 else high}, but the model has {self.vocabulary} embeddings. "
                 f"It was drawn from {names}, rows {rows}: tokenize that data with the model's own tokenizer."
             )
+
+
+def _rekey(collator: Any, seed: int) -> None:
+    """Seeds a generator that a collator keeps for itself, as transformers' masking collators do when given a seed."""
+    while hasattr(collator, "data_collator"):
+        collator = collator.data_collator
+    if getattr(collator, "seed", None) is None or not hasattr(collator, "create_rng"):
+        return
+    if collator.generator is None:
+        collator.create_rng()
+    key = derive_key(int(collator.seed), seed)
+    if isinstance(collator.generator, torch.Generator):
+        collator.generator.manual_seed(key % (1 << 63))
+    else:
+        collator.generator = np.random.default_rng(key)
 
 
 def _length(feature: Any) -> int | None:

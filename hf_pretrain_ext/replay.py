@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
-from hf_pretrain_ext.plan import SamplePlan, Source
+from hf_pretrain_ext.plan import MAX_WEIGHT, SamplePlan, Source
 
 __all__ = ["ReplayConfig", "realised_ratio", "with_replay"]
 
@@ -38,6 +38,10 @@ class ReplayConfig:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 <= self.ratio < 1:
             raise ValueError(
                 f"ratio must be replayed samples out of all samples, at least 0 and below 1, got {self.ratio!r}"
+            )
+        if 0 < self.ratio < 1 / MAX_WEIGHT:
+            raise ValueError(
+                f"ratio must be 0 or at least 1/{MAX_WEIGHT}, the smallest share of a plan, got {self.ratio}"
             )
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")

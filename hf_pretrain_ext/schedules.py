@@ -178,7 +178,7 @@ class RewarmConfig:
         if self.schedule not in _BUILDERS:
             raise ValueError(f"schedule must be one of {sorted(_BUILDERS)}, got {self.schedule!r}")
         return _BUILDERS[self.schedule](
-            total_steps=self.total_steps or run_steps,
+            total_steps=run_steps if self.total_steps is None else self.total_steps,
             peak_lr=self.peak_lr,
             min_lr=self.min_lr,
             warmup=self.warmup,

@@ -42,7 +42,9 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, set | frozenset):
+        return sorted((plain(item) for item in value), key=str)
+    if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
         return plain(value.item())
@@ -63,7 +65,7 @@ class Trace:
             return
         line = json.dumps({"event": event, "step": step, **plain(data)}, ensure_ascii=False, allow_nan=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             # A kill may have left half a line: the next event starts one of its own.
             file.write(("\n" if self._torn() else "") + line + "\n")
 
@@ -101,18 +103,23 @@ def read_trace(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _parse(path: Path) -> Iterable[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Bytes, split at the line ends that we write: text may hold other separators, and a kill may cut a character.
+    lines = path.read_bytes().split(b"\n")
+    if not lines[-1]:
+        lines.pop()
     for number, line in enumerate(lines, start=1):
         try:
-            event = json.loads(line)
+            event = json.loads(line.decode("utf-8"))
             if not isinstance(event, dict) or "event" not in event or not isinstance(event.get("step"), int):
                 raise ValueError("not an event")
         except ValueError as error:
             # A kill may tear the line being written: the last one, or the last before a resume.
             following = lines[number] if number < len(lines) else None
-            if following is None or '"event": "resume"' in following or '"event": "start"' in following:
+            if following is None or b'"event": "resume"' in following or b'"event": "start"' in following:
                 continue
-            raise ValueError(f"{path}, line {number} is not an event of a trace: {line[:80]!r}") from error
+            raise ValueError(
+                f"{path}, line {number} is not an event of a trace: {line[:80].decode('utf-8', 'replace')!r}"
+            ) from error
         yield event
 
 

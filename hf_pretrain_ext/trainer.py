@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
@@ -108,7 +109,7 @@ class PluginTrainerMixin(_Base):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         run = self._plugin_run
         run.attach(_plugins(self))
-        folder, skipped = checkpoint.resolve(resume_from_checkpoint, run.output_dir)
+        folder, skipped = self._resolve(resume_from_checkpoint)
         self._order_callbacks()
         if self.model_init is None:
             self.model = self._wrap_plugin_model(self.model)
@@ -119,6 +120,19 @@ class PluginTrainerMixin(_Base):
         for line in skipped:
             run.say(line)
         return super().train(folder, *args, **kwargs)
+
+    def _resolve(self, resume_from_checkpoint: str | bool | None) -> tuple[str | None, list[str]]:
+        """The checkpoint to resume from, looked through and hashed on one rank for all."""
+        found: list[Any] = [None, [], None]
+        if self.is_world_process_zero():
+            try:
+                found[:2] = checkpoint.resolve(resume_from_checkpoint, self._plugin_run.output_dir)
+            except checkpoint.CheckpointError as error:
+                found[2] = str(error)
+        folder, skipped, refusal = broadcast_object_list(found)
+        if refusal is not None:
+            raise checkpoint.CheckpointError(refusal)
+        return folder, skipped
 
     def call_model_init(self, trial: Any = None) -> Any:
         return self._wrap_plugin_model(super().call_model_init(trial))

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 __all__ = ["to_rate", "to_steps"]
 
-_LENGTH = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*(%|steps?)?\s*")
+_LENGTH = re.compile(r"\s*([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*(%|steps?)?\s*")
 _RATE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(%)?\s*")
 
 

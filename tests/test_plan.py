@@ -165,6 +165,7 @@ def test_integer_weights_round_by_largest_remainder() -> None:
         for weight, share in zip(weights, shares, strict=True):
             assert abs(Fraction(weight, sum(weights)) - Fraction(repr(share)) / total) < Fraction(1, MAX_WEIGHT)
     assert integer_weights([0.0, 3.0]) == (0, 1)
+    assert integer_weights([0.95, 0.05]) == (19, 1)  # decimals as typed: as binary fractions these are not 19 to 1
     assert integer_weights([Fraction(1, 3), Fraction(2, 3)]) == (1, 2)
 
 
@@ -174,8 +175,12 @@ def test_integer_weights_round_by_largest_remainder() -> None:
 @pytest.mark.parametrize("order", ["shuffled", "original", "host"])
 @pytest.mark.parametrize(
     ("num_rows", "passes"),
-    [(1, 1000), (2, 1000), (3, 3000), (4, 1000), (7, 1000), (100, 50), (12_345, 3), (65_535, 2), (65_536, 2)]
-    + [(65_537, 2), (70_001, 2)],
+    [
+        *((n, 1000) for n in (1, 2, 3, 4, 7)),
+        (100, 50),
+        (12_345, 3),
+        *((n, 2) for n in (65_535, 65_536, 65_537, 70_001)),
+    ],
 )
 def test_a_pass_holds_every_row_once(num_rows: int, passes: int, order: Any) -> None:
     plan = SamplePlan((Source("s", num_rows, order=order),), seed=5)
@@ -244,9 +249,6 @@ def test_a_window_only_permutes_its_own_draws(weights: list[int], window: int, s
     for at in range(0, stop, window):
         ours, theirs = (sorted(map(tuple, pair[:, at : at + window].T.tolist())) for pair in pairs)
         assert ours == theirs
-    if sum(weight > 0 for weight in weights) > 1 and 20 * window > sum(weights):
-        return
-    assert np.array_equal(pairs[0], pairs[1])  # nothing to permute: one source in all these windows
 
 
 @pytest.fixture(scope="module")
@@ -391,18 +393,18 @@ def test_a_chain_of_two_sources_stays_within_one_sample() -> None:
         assert worst <= 1
 
 
-def test_a_chain_of_more_sources_stays_within_two_samples() -> None:
-    """Measured: 1.72 over 2,400 random chains of 50 to 200 segments of 3 to 20 sources; no bound is proven.
-
-    Segments whose weights are picked by somebody who sees the counts and wishes harm can do worse (see below).
-    """
+@pytest.mark.parametrize(("idle", "bound"), [((0.0,), 1.4), ((0.3, 0.7, 0.85), 2.4)], ids=["all served", "some idle"])
+def test_a_chain_of_more_sources_stays_near_its_shares(idle: tuple[float, ...], bound: float) -> None:
+    """Three or more sources: no bound is proven, and one sample is not it. The largest deviations measured in random
+    search are 1.33 samples where every source has a share in every segment (110,000 chains of 2 to 200 segments of 3
+    to 20 sources), and 2.30 where sources pause (170,000 chains); weights picked to hurt do worse (see below)."""
     generator = random.Random(3)
     worst = Fraction(0)
-    for sources in (3, 3, 3, 4, 5, 8, 12, 20):
-        for idle in (0.0, 0.3, 0.7):
-            plan, stop = chain(generator, sources, 80, generator.choice([1, 1, 4]), idle)
+    for sources in (3, 3, 4, 5, 5, 8, 12, 20):
+        for pausing in idle:
+            plan, stop = chain(generator, sources, 80, generator.choice([1, 1, 4]), pausing)
             worst = max(worst, chain_deviation(plan, stop))
-    assert 0.5 < worst <= 2
+    assert 0.5 < worst <= bound
 
 
 @pytest.mark.parametrize("sources", [3, 8, 20])

@@ -41,7 +41,7 @@ __all__ = ["DemoConfig", "run_demo"]
 
 @dataclass
 class DemoConfig:
-    """Settings of the demo, readable by `HfArgumentParser`. The defaults train 1.3 million parameters."""
+    """Settings of the demo, readable by `HfArgumentParser`. The defaults train 1.7 million parameters."""
 
     output: str = field(default="demo_output", metadata={"help": "Folder for the results."})
     domain: Literal["auto", "python", "german"] = field(
@@ -52,9 +52,9 @@ class DemoConfig:
     steps: int = field(default=500, metadata={"help": "Optimizer steps on the new domain, in every arm."})
     batch_size: int = field(default=16, metadata={"help": "Blocks an optimizer step."})
     block_size: int = field(default=128, metadata={"help": "Tokens a block."})
-    vocabulary: int = field(default=4_096, metadata={"help": "Tokens of the byte-level BPE tokenizer."})
-    hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
-    layers: int = field(default=4, metadata={"help": "Decoder layers."})
+    vocabulary: int = field(default=2_048, metadata={"help": "Tokens of the byte-level BPE tokenizer."})
+    hidden_size: int = field(default=192, metadata={"help": "Width of the model."})
+    layers: int = field(default=3, metadata={"help": "Decoder layers."})
     peak_lr: float = field(default=3e-3, metadata={"help": "Peak learning rate, of pre-training and of re-warming."})
     heldout_rows: int = field(default=64, metadata={"help": "Blocks of each held-out set that a probe reads."})
     seed: int = field(default=0, metadata={"help": "Seed of models, tokenizer order and plans."})
@@ -166,7 +166,7 @@ def _pretrain(config: DemoConfig, folder: Path, old: Domain, tokenizer: Any) -> 
             hidden_size=config.hidden_size,
             intermediate_size=8 * config.hidden_size // 3,
             num_hidden_layers=config.layers,
-            num_attention_heads=max(config.hidden_size // 32, 1),
+            num_attention_heads=max(config.hidden_size // 64, 1),
             max_position_embeddings=config.block_size,
             tie_word_embeddings=True,
             bos_token_id=None,

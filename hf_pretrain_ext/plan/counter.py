@@ -29,8 +29,8 @@ def derive_key(*parts: int | str) -> int:
     >>> derive_key(0, "a", 1) == derive_key(0, "a", 2)
     False
     """
-    # repr keeps 1 and "1" apart, and the separator cannot occur unescaped in a repr.
-    text = "\x1f".join(repr(part) for part in parts)
+    # ascii keeps 1 and "1" apart, and the separator cannot occur unescaped in it.
+    text = "\x1f".join(ascii(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

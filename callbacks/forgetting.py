@@ -138,21 +138,30 @@ class ForgettingCallback(TrainerPlugin):
                 who, "gives batches without labels, so there is no loss", "Add labels, or a collator that makes them."
             )
             return
-        train = setup.train_dataset
-        if rows and hasattr(train, "__len__") and len(train) and hasattr(train, "__getitem__"):
-            (train,), _ = setup.stripped([train])
-            sampled = data.sample_rows(len(train))
-            exact, near = data.overlap(rows, data.token_rows(train, sampled))
+        for label, trained in self._trained_on(setup).items():
+            sampled = data.sample_rows(len(trained))
+            exact, near = data.overlap(rows, data.token_rows(trained, sampled))
             # A sample of the training rows finds its share of the copies; scaled up, this estimates all of them.
-            scale = len(train) / len(sampled)
+            scale = len(trained) / len(sampled)
             if exact * scale > 0.01 or near * scale > 0.2:
                 yield Problem(
                     who,
                     f"about {min(exact * scale, 1):.0%} of its rows and {min(near * scale, 1):.0%} of its 13-grams "
-                    f"are in the training data (from {len(sampled):,} of {len(train):,} rows)",
+                    f"are in the {label} data (from {len(sampled):,} of {len(trained):,} rows)",
                     "Hold out whole documents, or its loss says little about what was learned.",
                     level="note",
                 )
+
+    def _trained_on(self, setup: Setup) -> dict[str, Any]:
+        """Everything that the run trains on and that can be looked up."""
+        found = {"training": setup.train_dataset}
+        for plugin in setup.plugins:
+            found.update(plugin.training_data(setup))
+        return {
+            label: dataset
+            for label, dataset in found.items()
+            if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)
+        }
 
     def describe(self) -> list[str]:
         if self.run is None:

@@ -26,8 +26,8 @@ class ReplayCallback(TrainerPlugin):
     Args:
         dataset (`datasets.Dataset` or a map-style dataset): old data, prepared like the training data: the same
             columns, the same tokenizer. For an `SFTTrainer`, raw data will do: the trainer prepares it as its own.
-        ratio (`float`, *optional*, defaults to `0.05`): Ibrahim et al. (2024), section 6: 5 % for a weak shift of
-            domain, 25 % for a strong one.
+        ratio (`float`, *optional*, defaults to `0.05`): the recipe of Ibrahim et al. (2024): 5 % for a weak shift
+            of domain, 25 % for a strong one.
         mode (`str`, *optional*, defaults to `"equivalent"`): `"equivalent"` keeps the length of the run and sees less
             new data (Ibrahim et al.); `"additional"` sees all new data and replay besides: an epoch becomes
             len(new)/(1 − ratio) samples. Abbes et al. (2025) enlarge the batch instead: their setting is
@@ -97,9 +97,7 @@ class ReplayCallback(TrainerPlugin):
             return
         if not hasattr(setup.train_dataset, "__len__") or not len(setup.train_dataset):
             return  # said by the checks of the plan
-        if self._prepared is None:
-            self._prepared = setup.prepare(self.dataset, "replay")
-        if len(self._prepared) == 0:
+        if len(self._data(setup)) == 0:
             yield Problem(
                 self.name, "nothing is left of the replay data once the trainer prepared it", "Pass longer texts."
             )
@@ -185,6 +183,15 @@ class ReplayCallback(TrainerPlugin):
                 "Pass more old data if you have it; a few passes are common.",
                 level="note",
             )
+
+    def _data(self, setup: Setup) -> Any:
+        if self._prepared is None:
+            self._prepared = setup.prepare(self.dataset, "replay")
+        return self._prepared
+
+    def training_data(self, setup: Setup) -> dict[str, Any]:
+        usable = hasattr(self.dataset, "__len__") and hasattr(self.dataset, "__getitem__") and len(self.dataset)
+        return {"replay": self._data(setup)} if usable else {}
 
     def wrap_plan(self, plan: SamplePlan) -> SamplePlan:
         source = Source("replay", len(self._prepared), order=self.config.order, replayed=True, dataset=self._prepared)

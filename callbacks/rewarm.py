@@ -18,7 +18,7 @@ __all__ = ["RewarmCallback"]
 
 
 class RewarmCallback(TrainerPlugin):
-    """Re-warms and re-decays the learning rate (Gupta et al., 2023; Ibrahim et al., 2024, section 3).
+    """Re-warms and re-decays the learning rate (Gupta et al., 2023; Ibrahim et al., 2024).
 
         lr(t) = start + (peak − start) · t / W                                 t ≤ W
         lr(t) = min + (peak − min)/2 · (1 + cos(π (t − W)/(T − W)))            W < t ≤ T, clamped after T

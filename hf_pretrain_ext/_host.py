@@ -11,22 +11,28 @@ Called or read here:
     Trainer._loss_shifts_labels        whether labels are shifted inside the model
     Trainer._created_lr_scheduler      that the scheduler is the Trainer's own, to be rebuilt by a second train()
     Trainer._globalstep_last_logged    whether a log line is due
+    Trainer._tr_loss                   the losses summed since the last log line, which the host does not save
+    Trainer._get_output_dir            where a checkpoint goes, during a hyper-parameter search too
     Trainer._train_batch_size          samples a rank and micro-batch, DataParallel included
     SFTTrainer._prepare_dataset, ._formatting_func, ._skip_prepare_dataset       how TRL prepares a dataset
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 __all__ = [
     "PRIVATE",
+    "checkpoint_folder",
     "claim_scheduler",
     "embeddings",
     "has_own_scheduler",
     "log_is_due",
+    "log_sums",
     "prepare_dataset",
+    "restore_log_sums",
     "shifts_labels",
     "strip_columns",
     "train_batch_size",
@@ -39,6 +45,7 @@ PRIVATE = {
         "_save_rng_state",
         "_remove_unused_columns",
         "_get_collator_with_removed_columns",
+        "_get_output_dir",
     ),
     "SFTTrainer": ("_prepare_dataset",),
 }
@@ -78,6 +85,21 @@ def claim_scheduler(trainer: Any) -> None:
 
 def log_is_due(trainer: Any) -> bool:
     return bool(trainer.control.should_log and trainer.state.global_step > trainer._globalstep_last_logged)
+
+
+def log_sums(trainer: Any) -> dict[str, Any]:
+    """The losses summed since the last log line, a tensor, and its step: what the next line will be made of."""
+    return {"loss": trainer._tr_loss.clone(), "last_logged": trainer._globalstep_last_logged}
+
+
+def restore_log_sums(trainer: Any, sums: dict[str, Any]) -> None:
+    trainer._tr_loss += float(sums["loss"])
+    trainer._globalstep_last_logged = int(sums["last_logged"])
+
+
+def checkpoint_folder(trainer: Any, trial: Any) -> str:
+    """The folder of the checkpoint that would be written now."""
+    return os.path.join(trainer._get_output_dir(trial=trial), f"checkpoint-{trainer.state.global_step}")
 
 
 def train_batch_size(trainer: Any) -> int:

@@ -133,8 +133,6 @@ def overlap(
 ) -> tuple[float, float]:
     """Share of held-out rows found whole in `other`, and share of held-out `n`-grams found there.
 
-    13-grams are what the GPT-3 report calls an overlap (Brown et al., 2020, appendix C).
-
     Example:
 
     >>> overlap([np.arange(20)], [np.arange(20)]), overlap([np.arange(20)], [np.arange(50, 90)])

@@ -6,7 +6,8 @@ Definitions, for the losses L(t) of one held-out set measured at steps t, in nat
     worst            max of L(t); the depth of the stability gap is worst − initial (Guo et al., 2024, 2406.14833)
     recovery step    the first step after the worst with L(t) ≤ L(0) + 0.01, if there is one
     final            the last L(t)
-    forgetting       final − min of L(t): how far the set has come away from its best (Abbes et al., 2025, 2508.01908)
+    forgetting       final − min of L(t): how far the set has come away from its best so far, never negative (Abbes et
+                     al., 2025, 2508.01908, subtract the best of the past, so that theirs can be)
     gain             initial − final: positive where the set was learned, negative where it was lost
 """
 
@@ -251,8 +252,6 @@ class History:
         lines = [f"{'set':<12}{'step 0':>8}{'worst':>8}{'at':>7}{'gap':>7}{'recovered':>10}{'final':>8}{'gain':>8}"]
         for name, s in self.summary().items():
             recovered = "never" if s["recovery_step"] is None else s["recovery_step"]
-            if not s["gap_depth"]:
-                recovered = "–"
             lines.append(
                 f"{name:<12}{s['initial']:>8.3f}{s['worst']:>8.3f}{s['worst_step']:>7}{s['gap_depth']:>7.3f}"
                 f"{recovered:>10}{s['final']:>8.3f}{s['gain']:>+8.3f}"

@@ -151,6 +151,10 @@ class TrainerPlugin(TrainerCallback):
     def wrap_loss(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
         return compute_loss
 
+    def training_data(self, setup: Setup) -> dict[str, Any]:
+        """Datasets that the plug-in trains on besides the trainer's own, by name, prepared as the trainer's."""
+        return {}
+
     def settings(self) -> dict[str, Any]:
         """The settings as JSON types: recorded in trace and checkpoint, compared on resume."""
         return {}

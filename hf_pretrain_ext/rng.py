@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["rng_guard", "seed_all"]
+__all__ = ["get_rng_state", "rng_guard", "seed_all", "set_rng_state"]
 
 
-def _get_state() -> dict[str, Any]:
+def get_rng_state() -> dict[str, Any]:
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
     # is_initialized: asking an untouched CUDA context for its state would create the context.
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -21,7 +21,7 @@ def _get_state() -> dict[str, Any]:
     return state
 
 
-def _set_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["cpu"])
@@ -52,10 +52,10 @@ def rng_guard(seed: int | None = None) -> Iterator[None]:
     >>> bool(a == torch.rand(1))
     True
     """
-    state = _get_state()
+    state = get_rng_state()
     try:
         if seed is not None:
             seed_all(seed)
         yield
     finally:
-        _set_state(state)
+        set_rng_state(state)

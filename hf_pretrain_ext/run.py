@@ -9,8 +9,8 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from hf_pretrain_ext.data import fingerprint
 from hf_pretrain_ext.plan import SamplePlan, Source
 from hf_pretrain_ext.plan.plan import MAX_WINDOW
 from hf_pretrain_ext.plugin import PluginError, Problem, Setup, TrainerPlugin, overrides
+from hf_pretrain_ext.rng import get_rng_state, rng_guard, set_rng_state
 from hf_pretrain_ext.say import say
 from hf_pretrain_ext.trace import Trace, plain, versions
 
@@ -89,6 +90,7 @@ class PluginRun:
         self._uncommitted: torch.Tensor | None = None
         self._shown: set[Problem] = set()
         self._restored: dict[str, Any] | None = None
+        self._before_step: dict[str, Any] | None = None
         self._fingerprints: dict[str, str] = {}
 
     # What a plug-in may use
@@ -177,9 +179,10 @@ class PluginRun:
     def attach(self, candidates: Sequence[TrainerPlugin]) -> None:
         """Checks the list as a whole, then takes it over: on an error nothing was changed."""
         length = self._host_length()[1] or None
-        problems = find_problems(
-            Setup(self.trainer, tuple(candidates), self.global_batch, length, self.given_optimizer)
-        )
+        setup = Setup(self.trainer, tuple(candidates), self.global_batch, length, self.given_optimizer)
+        # Looking at data may run a random collator; what it draws is nobody's business in training.
+        with rng_guard():
+            problems = find_problems(setup)
         errors = [problem for problem in problems if problem.level == "error"]
         if errors:
             raise PluginError(errors)
@@ -223,7 +226,7 @@ class PluginRun:
         sources = len(self.plan.sources) if self.plan else 0
         self._counts = [[0, 0, 0] for _ in range(sources)]
         self._committed = self._uncommitted = None
-        self._pending, self._restored, self.resumed_at = {}, None, None
+        self._pending, self._restored, self._before_step, self.resumed_at = {}, None, None, None
         for plugin in self.plugins:
             plugin.begin()
         if resume_from is not None:
@@ -311,10 +314,27 @@ class PluginRun:
     def on_train_begin(self) -> None:
         """Inside the host's loop, before the first step: sums that the host does not save are put back."""
         if self._restored:
-            self.trainer._tr_loss += self._restored["loss"]
-            self.trainer._globalstep_last_logged = self._restored["last_logged"]
+            _host.restore_log_sums(self.trainer, self._restored)
+
+    def on_step_begin(self) -> None:
+        """What a checkpoint made inside the step (on SIGTERM) must hold: a resume will make this step again."""
+        self._before_step = {"rng": get_rng_state(), "loss": _host.log_sums(self.trainer)}
+
+    def on_step_end(self) -> None:
+        self._before_step = None
+
+    @contextmanager
+    def rng_of_step_begin(self) -> Iterator[None]:
+        """Inside a step, the random state of its beginning; between steps, the state as it is."""
+        if self._before_step is None:
+            yield
+            return
+        with rng_guard():
+            set_rng_state(self._before_step["rng"])
+            yield
 
     def on_train_end(self) -> None:
+        self.gather_counts()
         self._trace.write("end", self.step, counts=self.realised())
 
     # Counting
@@ -379,6 +399,10 @@ class PluginRun:
 
     # Saving
 
+    def _log_sums(self) -> dict[str, Any]:
+        sums = self._before_step["loss"] if self._before_step else _host.log_sums(self.trainer)
+        return {"loss": sums["loss"].item(), "last_logged": sums["last_logged"]}
+
     def save(self, folder: str) -> None:
         """Writes our part of a checkpoint, last of all files."""
         trainer = self.trainer
@@ -389,7 +413,7 @@ class PluginRun:
                 "save_only_model": bool(trainer.args.save_only_model),
                 "identity": self.identity(),
                 "counts": self._counts,
-                "log_sums": {"loss": trainer._tr_loss.item(), "last_logged": trainer._globalstep_last_logged},
+                "log_sums": self._log_sums(),
                 "plugins": {plugin.name: plugin.state() for plugin in self.plugins},
             },
         )

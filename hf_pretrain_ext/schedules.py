@@ -96,7 +96,7 @@ def cosine(
     warmup: int | float | str = 0.01,
     start_lr: float | str = 0.0,
 ) -> LRSchedule:
-    """Linear re-warm to `peak_lr`, then cosine re-decay to `min_lr` (Ibrahim et al., 2024, section 3).
+    """Linear re-warm to `peak_lr`, then cosine re-decay to `min_lr` (Ibrahim et al., 2024).
 
         lr(t) = start + (peak − start) · t / W                                 t ≤ W
         lr(t) = min + (peak − min)/2 · (1 + cos(π (t − W)/(T − W)))            W < t ≤ T, clamped after T

@@ -72,7 +72,11 @@ class _Conductor(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.on_train_begin()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.on_step_begin()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.on_step_end()
         self.run.commit()
         if control.should_log:
             self.run.gather_counts()
@@ -263,7 +267,8 @@ class PluginTrainerMixin(_Base):
             run.eval_scalars = None
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
+        with self._plugin_run.rng_of_step_begin():
+            super()._save_rng_state(output_dir)
         # The last file that every rank writes: after this, the manifest finds them all.
         self.accelerator.wait_for_everyone()
 
@@ -271,8 +276,7 @@ class PluginTrainerMixin(_Base):
         run = self._plugin_run
         run.gather_counts()
         if self.args.should_save:
-            folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            checkpoint.invalidate(folder)
+            checkpoint.invalidate(_host.checkpoint_folder(self, trial))
         write = self.state.save_to_json
 
         def write_with_ours(path: str) -> None:

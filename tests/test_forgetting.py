@@ -219,3 +219,9 @@ def test_held_out_rows_that_are_trained_on_are_a_note(tmp_path: Path, capsys: py
     assert "about 100% of its rows and 100% of its 13-grams are in the training data" in capsys.readouterr().err
     extend(tiny.trainer(tmp_path, ForgettingCallback({"old": tiny.rows(10, seed=77)}), data=tiny.rows(40)))
     assert "13-grams" not in capsys.readouterr().err
+
+
+def test_held_out_rows_that_are_replayed_are_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held_out = tiny.rows(10, seed=77)
+    extend(tiny.trainer(tmp_path, ForgettingCallback({"old": held_out}), ReplayCallback(held_out, ratio=0.25)))
+    assert "100% of its 13-grams are in the replay data" in capsys.readouterr().err

@@ -232,3 +232,10 @@ def _sampled(number: int) -> list[int]:
     from hf_pretrain_ext.data import sample_rows
 
     return sample_rows(number)
+
+
+def test_the_end_of_a_trace_counts_every_step(tmp_path: Path) -> None:
+    """Six steps, a log line after four and no save: the last two are counted too."""
+    run(tmp_path, ReplayCallback(old_rows(30), ratio=0.25), logging_steps=4)
+    counts = read_trace(tmp_path)[-1]["counts"]
+    assert {name: entry["samples"] for name, entry in counts.items()} == {"train": 18, "replay": 6}

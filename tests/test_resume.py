@@ -14,6 +14,7 @@ import pytest
 import resume_cases
 import settings
 import tiny
+from transformers import TrainerCallback
 
 from hf_pretrain_ext import extend
 from hf_pretrain_ext.callbacks import ReplayCallback, RewarmCallback
@@ -244,3 +245,47 @@ def test_the_length_of_a_run_is_the_hosts(
     assert plan is not None
     values = planned.set_initial_training_values(planned.args, planned.get_train_dataloader())
     assert run_length(planned.args, plan.epoch, batch * accumulation) == (values[1], values[6])
+
+
+class _SavesInsideAStep(TrainerCallback):
+    """What the host's SIGTERM handler does: a checkpoint in the middle of a step, then the end."""
+
+    def __init__(self, at: int | None):
+        self.at, self.trainer = at, None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.at:
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_checkpoint_inside_a_step_is_exact(accumulation: int, tmp_path: Path) -> None:
+    """Dropout has drawn and the loss been summed when SIGTERM saves; the resume makes that step again, the same."""
+
+    def build(at: int | None) -> Any:
+        signal = _SavesInsideAStep(at)
+        trainer = extend(
+            tiny.trainer(
+                tmp_path / "run",
+                *settings.make(settings.TOGETHER),
+                signal,
+                dropout=0.3,
+                logging_steps=2,
+                gradient_accumulation_steps=accumulation,
+                per_device_train_batch_size=4 // accumulation,
+            )
+        )
+        signal.trainer = trainer
+        return trainer
+
+    whole = build(None)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        build(3).train()
+    resumed = build(None)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.plugin_run.resumed_at == 3
+    assert tiny.same_weights(whole, resumed)
+    assert tiny.history(resumed)[:-1] == tiny.history(whole)[:-1]
+    assert resumed.plugin_run.realised() == whole.plugin_run.realised()

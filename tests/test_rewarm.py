@@ -16,7 +16,7 @@ from hf_pretrain_ext.callbacks import RewarmCallback
 
 
 def expected(step: int, peak: float, low: float, warmup: int, total: int) -> float:
-    """The paper's equations (Ibrahim et al., 2024, section 3.1), written out again."""
+    """The paper's equations (Ibrahim et al., 2024), written out again."""
     if step <= warmup:
         return peak * step / warmup
     return low + (peak - low) / 2 * (math.cos(math.pi * (step - warmup) / (total - warmup)) + 1)

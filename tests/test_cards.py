@@ -1,0 +1,169 @@
+"""The method cards say what the classes say, and what they show runs."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+from transformers import TrainerCallback, default_data_collator
+
+from hf_pretrain_ext import TrainerPlugin
+
+pytestmark = pytest.mark.docs
+
+ROOT = Path(__file__).resolve().parents[1]
+CARDS = {path.stem: path for path in sorted((ROOT / "model_cards" / "methods").glob("*.md"))}
+SECTIONS = [
+    "What it does",
+    "Functional form",
+    "Trainer form",
+    "Suggested settings",
+    "Cost and composition",
+    "What we measured",
+    "What is exact and what is not",
+    "Attribution",
+]
+KEYS = [
+    "name",
+    "title",
+    "callback",
+    "functional",
+    "needs_extend",
+    "papers",
+    "hooks",
+    "changes",
+    "resume",
+    "distributed",
+    "memory",
+    "conflicts",
+]
+# All that a plug-in may define: the contract of TrainerPlugin and the events of TrainerCallback.
+CONTRACT = [name for name, value in inspect.getmembers(TrainerPlugin, callable) if not name.startswith("_")]
+
+
+def entry_points() -> dict[str, str]:
+    """Ours as the project declares them: an environment may hold an older list, and plug-ins of others."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    return project["entry-points"]["hf_pretrain_ext.plugins"]
+
+
+def front_matter(card: Path) -> dict[str, Any]:
+    text = card.read_text("utf-8")
+    assert text.startswith("---\n")
+    return yaml.safe_load(text.split("---\n", 2)[1])
+
+
+def body(card: Path) -> str:
+    return card.read_text("utf-8").split("---\n", 2)[2]
+
+
+def sections(card: Path) -> dict[str, str]:
+    parts = re.split(r"^## (.+)\n", body(card), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def load(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def python_blocks() -> list[Any]:
+    found = []
+    for name, card in CARDS.items():
+        blocks = re.findall(r"^```python\n(.*?)^```", body(card), flags=re.MULTILINE | re.DOTALL)
+        found += [pytest.param(block, id=f"{name}-{number}") for number, block in enumerate(blocks, start=1)]
+    return found
+
+
+def test_every_plug_in_has_a_card_and_every_card_a_plug_in() -> None:
+    assert set(CARDS) == set(entry_points())
+
+
+def test_the_contract_is_what_the_cards_are_held_to() -> None:
+    assert {"check", "schedule", "wrap_plan", "wrap_loss", "eval_metrics", "on_step_end", "on_save"} <= set(CONTRACT)
+    assert {name for name in vars(TrainerCallback) if name.startswith("on_")} <= set(CONTRACT)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_front_matter_agrees_with_the_class(name: str) -> None:
+    card = front_matter(CARDS[name])
+    assert list(card) == KEYS
+    cls = load(card["callback"])
+    assert cls is load(entry_points()[name].replace(":", ".")) and issubclass(cls, TrainerPlugin)
+    assert callable(load(card["functional"]))
+    assert card["name"] == cls.name == name
+    for key in ("needs_extend", "resume", "distributed"):
+        assert card[key] == getattr(cls, key), key
+    assert tuple(card["conflicts"]) == cls.conflicts
+    hooks = [method for method in CONTRACT if getattr(cls, method) is not getattr(TrainerPlugin, method)]
+    assert sorted(card["hooks"]) == hooks
+    assert card["changes"] and all(isinstance(change, str) for change in card["changes"])
+    assert isinstance(card["memory"], str) and isinstance(card["title"], str)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_papers_are_named_and_credited(name: str) -> None:
+    card = front_matter(CARDS[name])
+    attribution = sections(CARDS[name])["Attribution"]
+    for paper in card["papers"]:
+        assert list(paper) == ["title", "authors", "arxiv"]
+        # A string: as a number, 2308.04010 would lose its last digit.
+        assert isinstance(paper["arxiv"], str) and re.fullmatch(r"\d{4}\.\d{5}", paper["arxiv"])
+        assert paper["authors"].split(",")[0] in body(CARDS[name])
+    assert any(paper["arxiv"] in attribution for paper in card["papers"])
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_sections(name: str) -> None:
+    found = sections(CARDS[name])
+    assert list(found) == SECTIONS
+    assert found["What we measured"].strip() == "Measured in `make demo`; see the README."
+    for title in ("Functional form", "Trainer form"):
+        assert found[title].count("```python") == 1, title
+    exact = found["What is exact and what is not"]
+    assert "Where this differs from the papers" in exact
+    untested = [value for value in front_matter(CARDS[name])["distributed"].values() if value == "untested"]
+    assert ("Untested:" in exact) == bool(untested)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_links_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", body(CARDS[name])):
+        assert (CARDS[name].parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_settings_named_in_the_table_exist(name: str) -> None:
+    cls = load(front_matter(CARDS[name])["callback"])
+    known = inspect.signature(cls.__init__).parameters
+    for cell in re.findall(r"^\| (`.+?) \|", sections(CARDS[name])["Suggested settings"], flags=re.MULTILINE):
+        for setting in re.findall(r"`(\w+)`", cell):
+            assert setting in known, setting
+
+
+@pytest.mark.parametrize("code", python_blocks())
+def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by itself; one in the Trainer's form finds a model, settings and data to stand in for the reader's own."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "card"}
+    of_the_reader = {
+        "model": tiny.model(),
+        "args": tiny.arguments(tmp_path, learning_rate=3e-4),
+        "collator": default_data_collator,
+        "domain": tiny.rows(40),
+        "general": tiny.rows(30, seed=1),
+        "held_out": tiny.rows(8, seed=2),
+    }
+    in_trainer_form = "Trainer(" in code
+    if in_trainer_form:
+        namespace.update(of_the_reader)
+    exec(compile(code, "card", "exec"), namespace)
+    if in_trainer_form:
+        assert namespace["trainer"].state.global_step == 6

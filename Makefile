@@ -5,6 +5,7 @@ ifndef PYTHON
 PYTHON := $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
 endif
 VENV ?= .venv
+DEMO_ARGS ?=
 PYTEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -19,7 +20,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) PYTEST_WORKERS=$(PYTEST_WORKERS)"
+	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) PYTEST_WORKERS=$(PYTEST_WORKERS) DEMO_ARGS='--domain python'"
 
 # torch first and alone, so that its pinned release is the one that everything else is resolved against.
 $(STAMP): pyproject.toml constraints.txt
@@ -32,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP) ## make the environment
 
 demo: $(STAMP) ## train and report a small example into demo_output/
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/hf-pretrain-ext demo --output demo_output
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/hf-pretrain-ext demo --output demo_output $(DEMO_ARGS)
 
 test: quality ## format, lint and type checks, then every test not marked slow
 	$(PYTEST) -m "not slow" -n $(PYTEST_WORKERS) --dist loadfile

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
 from hf_pretrain_ext.say import say
-from hf_pretrain_ext.schedules import LRSchedule, RewarmConfig
+from hf_pretrain_ext.schedules import CallableSchedule, LRSchedule, RewarmConfig
 from hf_pretrain_ext.trainer import lambda_lr, relative_rate
 
 __all__ = ["RewarmCallback"]
@@ -27,13 +27,22 @@ class RewarmCallback(TrainerPlugin):
     in a plain `Trainer` too; with `extend` a resume also checks that the plan is the one that was interrupted.
 
     Args:
-        peak_lr (`float`): peak learning rate; the paper's advice is the peak of the pre-training.
-        schedule (`str`, *optional*, defaults to `"cosine"`): the shape.
+        peak_lr (`float`): peak learning rate; the paper's advice is the peak of the pre-training. Left out only with a
+            `schedule` that is a function.
+        schedule (`str`, *optional*, defaults to `"cosine"`): `"cosine"`, `"linear"`, `"wsd"`, `"infinite_cosine"`,
+            `"infinite_rsqrt"` or `"infinite_linear"`: the functions of those names in `hf_pretrain_ext.schedules`. Or
+            a function `step -> learning rate`, for which the other settings but `total_steps` are left out.
         warmup (`int`, `float` or `str`, *optional*, defaults to `0.01`): W: steps as an int, a fraction of the run as
-            a float below 1, or a string with a unit (`"500 steps"`, `"2%"`). 1 % in the paper; 0 to 2 % end alike.
+            a float below 1, or a string with a unit (`"500 steps"`, `"2%"`, `"2M tokens"`, which needs `extend`). 1 %
+            in the paper; 0 to 2 % end alike.
         min_lr (`float` or `str`, *optional*, defaults to `"10%"`): final rate, absolute or relative to the peak.
         start_lr (`float` or `str`, *optional*, defaults to `0.0`): rate at step 0, absolute or relative to the peak.
         total_steps (`int`, *optional*): T; defaults to the length of the run. May be longer than the run.
+        decay (`int`, `float` or `str`, *optional*): of `"wsd"`: length of the last decay; 0.1 of T by default.
+        const_lr (`float` or `str`, *optional*): of `"infinite_*"`: rate of the constant phase; by default half-way
+            between peak and final rate.
+        cooldown, constant (`int`, `float` or `str`, *optional*): of `"infinite_*"`: lengths of these phases; 0.6 and
+            0.25 of T by default.
         allow_no_effect (`bool`, *optional*, defaults to `False`): accept settings that change nothing.
 
     Raises:
@@ -55,34 +64,55 @@ class RewarmCallback(TrainerPlugin):
 
     def __init__(
         self,
-        peak_lr: float,
+        peak_lr: float | None = None,
         *,
-        schedule: str = "cosine",
+        schedule: str | Callable[[int], float] = "cosine",
         warmup: int | float | str = 0.01,
         min_lr: float | str = "10%",
         start_lr: float | str = 0.0,
         total_steps: int | None = None,
+        decay: int | float | str | None = None,
+        const_lr: float | str | None = None,
+        cooldown: int | float | str | None = None,
+        constant: int | float | str | None = None,
         allow_no_effect: bool = False,
     ):
+        self.function = None if isinstance(schedule, str) else schedule
+        self.allow_no_effect = allow_no_effect
+        if self.function is not None and not callable(self.function):
+            raise ValueError(f"schedule must be a name or a function of the step, got {schedule!r}")
         self.config = RewarmConfig(
-            peak_lr=peak_lr,
-            schedule=schedule,
+            # A function is its own peak; the number stands for the settings that need one.
+            peak_lr=cast(float, 1.0 if self.function and peak_lr is None else peak_lr),
+            schedule="cosine" if self.function else cast(str, schedule),
             warmup=cast(str, warmup),
             min_lr=cast(str, min_lr),
             start_lr=cast(str, start_lr),
             total_steps=total_steps,
+            decay=cast(Any, decay),
+            const_lr=cast(Any, const_lr),
+            cooldown=cast(Any, cooldown),
+            constant=cast(Any, constant),
         )
-        self.allow_no_effect = allow_no_effect
         # A trial build finds what is wrong whatever the length of the run; a length in steps is judged at `extend`.
-        self.config.build(1_000_000_000)
+        self.config.build(1_000_000_000, tokens_per_step=1e6)
 
     def schedule(self, args: Any, total_steps: int) -> LRSchedule:
-        return self.config.build(total_steps)
+        return self._build(total_steps, self.run.tokens_per_step if self.run else None)
+
+    def _build(self, total_steps: int, tokens_per_step: float | None) -> LRSchedule:
+        if self.function is not None:
+            length = total_steps if self.config.total_steps is None else self.config.total_steps
+            return CallableSchedule.of(self.function, length)
+        return self.config.build(total_steps, tokens_per_step)
 
     def settings(self) -> dict[str, Any]:
         # Lengths and rates as text, whether they came from Python or from a command line.
+        if self.function is not None:
+            named = getattr(self.function, "__qualname__", type(self.function).__qualname__)
+            return {"schedule": f"{self.function.__module__}.{named}", "total_steps": self.config.total_steps}
         return {
-            key: str(value) if key in ("warmup", "min_lr", "start_lr") else value
+            key: value if value is None or key in ("peak_lr", "total_steps") else str(value)
             for key, value in dataclasses.asdict(self.config).items()
         }
 
@@ -96,7 +126,7 @@ class RewarmCallback(TrainerPlugin):
         if setup.total_steps is None:
             return
         try:
-            schedule = self.config.build(setup.total_steps)
+            schedule = self._build(setup.total_steps, setup.tokens_per_step)
         except ValueError as error:
             yield Problem(self.name, f"in a run of {setup.total_steps} steps, {error}", "Shorten it, or train longer.")
             return
@@ -133,7 +163,7 @@ class RewarmCallback(TrainerPlugin):
                 f"RewarmCallback in a plain Trainer needs a LambdaLR scheduler, got {type(scheduler).__name__}. "
                 "Use `extend(trainer)`, or an lr_scheduler_type such as 'constant'."
             )
-        schedule = self.config.build(state.max_steps)
+        schedule = self._build(state.max_steps, None)
         ours = lambda_lr(optimizer, schedule, args.learning_rate)
         scheduler.lr_lambdas = ours.lr_lambdas
         # Building `ours` wrote step-0 rates into the groups; these are the rates of the step that comes next.

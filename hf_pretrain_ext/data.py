@@ -16,6 +16,7 @@ __all__ = [
     "columns",
     "fingerprint",
     "id_range",
+    "mean_tokens",
     "ngram_hashes",
     "overlap",
     "sample_rows",
@@ -58,6 +59,18 @@ def token_rows(dataset: Any, rows: Sequence[int]) -> list[NDArray[np.int64]]:
         items = [dataset[row] for row in rows]
         found = [item["input_ids"] for item in items if isinstance(item, Mapping) and "input_ids" in item]
     return [np.asarray(ids, dtype=np.int64).reshape(-1) for ids in found]
+
+
+def mean_tokens(dataset: Any) -> float | None:
+    """Mean tokens a row, over sampled rows; None where rows have no `input_ids`.
+
+    Example:
+
+    >>> mean_tokens([{"input_ids": [1, 2]}, {"input_ids": [3, 4, 5, 6]}])
+    3.0
+    """
+    rows = token_rows(dataset, sample_rows(len(dataset))) if "input_ids" in columns(dataset) else []
+    return float(np.mean([len(row) for row in rows])) if rows else None
 
 
 def fingerprint(dataset: Any, size: int = 64) -> str:

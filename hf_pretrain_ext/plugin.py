@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from transformers import TrainerCallback
 
 from hf_pretrain_ext import _host
+from hf_pretrain_ext.data import mean_tokens
 
 if TYPE_CHECKING:
     from hf_pretrain_ext.plan import SamplePlan
@@ -90,6 +91,14 @@ class Setup:
     @property
     def train_dataset(self) -> Any:
         return self.trainer.train_dataset
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Tokens an optimizer step, from the mean length of sampled training rows; None where they hold no ids."""
+        dataset = self.train_dataset
+        known = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)
+        mean = mean_tokens(dataset) if known else None
+        return mean * self.global_batch if mean else None
 
     @property
     def embeddings(self) -> int | None:

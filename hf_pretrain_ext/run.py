@@ -80,6 +80,7 @@ class PluginRun:
         self.plugins: tuple[TrainerPlugin, ...] = ()
         self.plan: SamplePlan | None = None
         self.lr_schedule: LRSchedule | None = None
+        self.tokens_per_step: float | None = None
         self.steps_per_epoch = 0
         self.total_steps = 0
         self.resumed_at: int | None = None
@@ -190,6 +191,7 @@ class PluginRun:
             if problem not in self._shown:
                 self._shown.add(problem)
                 self.say(f"note: {problem}", logging.WARNING)
+        self.tokens_per_step = setup.tokens_per_step
         self.plugins = tuple(in_order(candidates))
         for plugin in self.plugins:
             plugin.run = self

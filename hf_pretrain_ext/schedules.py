@@ -9,16 +9,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from hf_pretrain_ext.units import to_rate, to_steps
 
-__all__ = ["LRPhase", "LRSchedule", "RewarmConfig", "cosine"]
+__all__ = [
+    "CallableSchedule",
+    "LRPhase",
+    "LRSchedule",
+    "RewarmConfig",
+    "cosine",
+    "infinite",
+    "infinite_cosine",
+    "infinite_linear",
+    "infinite_rsqrt",
+    "linear",
+    "wsd",
+]
+
+TIMESCALE = 10.0
+"""α of the inverse-square-root cool-down: `timescale` in the released configurations of Ibrahim et al. (2024)."""
+
+
+def _rsqrt(u: float, first: float, last: float) -> float:
+    fall = (1 / math.sqrt(1 + TIMESCALE * u) - 1) / (1 / math.sqrt(1 + TIMESCALE) - 1)
+    return first + (last - first) * fall
+
 
 _SHAPES: dict[str, Callable[[float, float, float], float]] = {
     "constant": lambda u, first, last: first,
     "linear": lambda u, first, last: first + (last - first) * u,
     "cosine": lambda u, first, last: last + (first - last) / 2 * (1 + math.cos(math.pi * u)),
+    "rsqrt": _rsqrt,
+    "exponential": lambda u, first, last: first * (last / first) ** u,
 }
 
 
@@ -83,9 +107,87 @@ class LRSchedule:
         return cls(str(identity["name"]), tuple(LRPhase(**phase) for phase in identity["phases"]))
 
 
+@dataclass(frozen=True)
+class CallableSchedule(LRSchedule):
+    """A function of the user's as a schedule of `total_steps` steps: `schedule(step)` is its value, clamped at the end.
+
+    What a checkpoint keeps of it, to be compared on resume, is its rate at 65 steps spread over the run.
+
+    Example:
+
+    >>> schedule = CallableSchedule.of(lambda step: 1e-3 / (1 + step), total_steps=9)
+    >>> schedule(9) == schedule(100) == 1e-4
+    True
+    """
+
+    function: Callable[[int], float] = field(default=lambda step: 0.0, compare=False)
+
+    @classmethod
+    def of(cls, function: Callable[[int], float], total_steps: int) -> CallableSchedule:
+        """Raises `ValueError` where the function gives no finite, non-negative number."""
+        points = sorted({round(total_steps * k / 64) for k in range(65)})
+        rates = []
+        for step in points:
+            rate = function(step)
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+                raise ValueError(f"schedule must give a learning rate for every step, got {rate!r} for step {step}")
+            rates.append(float(rate))
+        pairs = zip(points, points[1:], rates, rates[1:], strict=False)
+        phases = tuple(LRPhase("callable", b - a, "linear", first, last) for a, b, first, last in pairs)
+        return cls("callable", phases, function)
+
+    def __call__(self, step: int) -> float:
+        return float(self.function(min(max(int(step), 0), self.total_steps)))
+
+    def describe(self) -> list[str]:
+        rates = [self.phases[0].first, *(phase.last for phase in self.phases)]
+        return [
+            f"callable  steps {0:>7,} – {self.total_steps:>9,}  learning rate {rates[0]:.3g} → {rates[-1]:.3g} "
+            f"(between {min(rates):.3g} and {max(rates):.3g})"
+        ]
+
+
 def _schedule(name: str, *phases: LRPhase) -> LRSchedule:
     kept = tuple(phase for phase in phases if phase.steps > 0)
     return LRSchedule(name, kept or phases[-1:])
+
+
+class _Run:
+    """What all schedules share: the settings, read and checked."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        peak_lr: float,
+        min_lr: float | str,
+        warmup: int | float | str,
+        start_lr: float | str,
+        tokens_per_step: float | None,
+    ):
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise ValueError(f"total_steps must be a positive int (optimizer steps), got {total_steps!r}")
+        if isinstance(peak_lr, bool) or not isinstance(peak_lr, int | float) or not 0 < peak_lr < math.inf:
+            raise ValueError(f"peak_lr must be a positive learning rate such as 3e-4, got {peak_lr!r}")
+        self.total, self.peak, self.tokens_per_step = total_steps, float(peak_lr), tokens_per_step
+        self.low, self.start = to_rate(min_lr, peak_lr, "min_lr"), to_rate(start_lr, peak_lr, "start_lr")
+        if self.low > peak_lr:
+            raise ValueError(f"min_lr {self.low:g} is above peak_lr {peak_lr:g}")
+        self.warm = self.length(warmup, "warmup")
+
+    def length(self, value: int | float | str, name: str) -> int:
+        return to_steps(value, self.total, name, self.tokens_per_step)
+
+    def warm_up(self) -> LRPhase:
+        return LRPhase("warm-up", self.warm, "linear", self.start, self.peak)
+
+    def rest(self, names: str, used: int) -> int:
+        """Steps left after the warm-up and `used` others; at least one."""
+        left = self.total - self.warm - used
+        if left < 1:
+            raise ValueError(
+                f"{names} of {self.warm + used} steps leaves nothing of a schedule of {self.total} steps to decay over"
+            )
+        return left
 
 
 def cosine(
@@ -95,6 +197,7 @@ def cosine(
     min_lr: float | str = "10%",
     warmup: int | float | str = 0.01,
     start_lr: float | str = 0.0,
+    tokens_per_step: float | None = None,
 ) -> LRSchedule:
     """Linear re-warm to `peak_lr`, then cosine re-decay to `min_lr` (Ibrahim et al., 2024).
 
@@ -109,6 +212,7 @@ def cosine(
         warmup (`int`, `float` or `str`, *optional*, defaults to `0.01`): W, steps or a fraction of T (the paper: 1 %;
             Gupta et al., 2023, found 0 to 2 % to end alike).
         start_lr (`float` or `str`, *optional*, defaults to `0.0`): the rate at step 0.
+        tokens_per_step (`float`, *optional*): tokens an optimizer step, for lengths given in tokens.
 
     Raises:
         `ValueError`: a length or rate out of range; the message names it.
@@ -118,29 +222,139 @@ def cosine(
     >>> cosine(total_steps=1000, peak_lr=3e-4)(10)
     0.0003
     """
-    total_steps, peak_lr = _check_run(total_steps, peak_lr)
-    warm = to_steps(warmup, total_steps, "warmup")
-    low, start = to_rate(min_lr, peak_lr, "min_lr"), to_rate(start_lr, peak_lr, "start_lr")
-    if warm >= total_steps:
-        raise ValueError(f"warmup of {warm} steps leaves nothing of a schedule of {total_steps} steps to decay over")
-    if low > peak_lr:
-        raise ValueError(f"min_lr {low:g} is above peak_lr {peak_lr:g}")
+    run = _Run(total_steps, peak_lr, min_lr, warmup, start_lr, tokens_per_step)
+    return _schedule("cosine", run.warm_up(), LRPhase("decay", run.rest("warmup", 0), "cosine", run.peak, run.low))
+
+
+def linear(
+    *,
+    total_steps: int,
+    peak_lr: float,
+    min_lr: float | str = "10%",
+    warmup: int | float | str = 0.01,
+    start_lr: float | str = 0.0,
+    tokens_per_step: float | None = None,
+) -> LRSchedule:
+    """Linear re-warm to `peak_lr`, then linear re-decay to `min_lr`; arguments and errors as for [`cosine`].
+
+    Example:
+
+    >>> schedule = linear(total_steps=110, peak_lr=1.0, min_lr=0.0, warmup=10)
+    >>> schedule(5), schedule(60), schedule(110)
+    (0.5, 0.5, 0.0)
+    """
+    run = _Run(total_steps, peak_lr, min_lr, warmup, start_lr, tokens_per_step)
+    return _schedule("linear", run.warm_up(), LRPhase("decay", run.rest("warmup", 0), "linear", run.peak, run.low))
+
+
+def wsd(
+    *,
+    total_steps: int,
+    peak_lr: float,
+    min_lr: float | str = "10%",
+    warmup: int | float | str = 0.01,
+    start_lr: float | str = 0.0,
+    decay: int | float | str = 0.1,
+    tokens_per_step: float | None = None,
+) -> LRSchedule:
+    """Warm-up, stable, decay: `peak_lr` holds until a last linear decay to `min_lr`.
+
+    Arguments and errors as for [`cosine`], and:
+        decay (`int`, `float` or `str`, *optional*, defaults to `0.1`): length of the decay at the end of the run.
+
+    Example:
+
+    >>> schedule = wsd(total_steps=100, peak_lr=1.0, min_lr=0.0, warmup=10, decay=20)
+    >>> schedule(10), schedule(80), schedule(90), schedule(100)
+    (1.0, 1.0, 0.5, 0.0)
+    """
+    run = _Run(total_steps, peak_lr, min_lr, warmup, start_lr, tokens_per_step)
+    last = run.length(decay, "decay")
     return _schedule(
-        "cosine",
-        LRPhase("warm-up", warm, "linear", start, peak_lr),
-        LRPhase("decay", total_steps - warm, "cosine", peak_lr, low),
+        "wsd",
+        run.warm_up(),
+        LRPhase("stable", run.rest("warmup and decay", last), "constant", run.peak, run.peak),
+        LRPhase("decay", last, "linear", run.peak, run.low),
     )
 
 
-def _check_run(total_steps: int, peak_lr: float) -> tuple[int, float]:
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-        raise ValueError(f"total_steps must be a positive int (optimizer steps), got {total_steps!r}")
-    if isinstance(peak_lr, bool) or not isinstance(peak_lr, int | float) or not 0 < peak_lr < math.inf:
-        raise ValueError(f"peak_lr must be a positive learning rate such as 3e-4, got {peak_lr!r}")
-    return total_steps, float(peak_lr)
+def infinite(
+    *,
+    total_steps: int,
+    peak_lr: float,
+    min_lr: float | str = "10%",
+    warmup: int | float | str = 0.01,
+    start_lr: float | str = 0.0,
+    const_lr: float | str | None = None,
+    cooldown: int | float | str = 0.6,
+    constant: int | float | str = 0.25,
+    shape: str = "cosine",
+    tokens_per_step: float | None = None,
+) -> LRSchedule:
+    """Infinite schedule: warm-up, cool-down, constant, exponential anneal (Ibrahim et al., 2024, and released code).
+
+    With W the warm-up, n = t − W, C and H the lengths of cool-down and constant phase and f(x) = 1/√(1 + 10x) − 1:
+
+        warm-up    lr = start + (peak − start) · t/W                            t ≤ W
+        cool-down  lr = const + (peak − const)/2 · (1 + cos(π n/C))             n ≤ C     infinite_cosine
+                   lr = peak + (const − peak) · f(n/C)/f(1)                               infinite_rsqrt
+                   lr = peak − (peak − const) · n/C                                       infinite_linear
+        constant   lr = const                                                   C < n ≤ C + H
+        anneal     lr = const · (min/const)^((n − C − H)/(T − W − C − H))       to T, clamped after T
+
+    Stop in the constant phase and go on with other data later, without re-warming; anneal on a branch when a model is
+    to be used. The released code wraps round at t = T, to a rate near the peak; this one is clamped.
+
+    Arguments and errors as for [`cosine`], and:
+        const_lr (`float` or `str`, *optional*): rate of the constant phase, absolute or relative to the peak; defaults
+            to (peak + min)/2 (released configurations: 1.65e-4 between 3e-4 and 3e-5).
+        cooldown (`int`, `float` or `str`, *optional*, defaults to `0.6`): C (`cooldown_iters_percent` there).
+        constant (`int`, `float` or `str`, *optional*, defaults to `0.25`): H; `constant_iters_percent` there is 0.85,
+            where the phase ends: 0.6 + 0.25. Both count after the warm-up, which leaves 14 % for the anneal.
+        shape (`str`, *optional*, defaults to `"cosine"`): of the cool-down: `"cosine"`, `"rsqrt"` or `"linear"`.
+
+    Raises:
+        `ValueError`: also: phases longer than the run, `const_lr` not between `min_lr` and `peak_lr`, `min_lr` of 0.
+
+    Example:
+
+    >>> schedule = infinite_cosine(total_steps=1000, peak_lr=3e-4)
+    >>> schedule(10), round(schedule(700), 8), round(schedule(1000), 8)
+    (0.0003, 0.000165, 3e-05)
+    """
+    run = _Run(total_steps, peak_lr, min_lr, warmup, start_lr, tokens_per_step)
+    const = (run.peak + run.low) / 2 if const_lr is None else to_rate(const_lr, run.peak, "const_lr")
+    if not 0 < run.low <= const <= run.peak:
+        raise ValueError(
+            f"an infinite schedule needs 0 < min_lr <= const_lr <= peak_lr (its exponential anneal cannot reach 0), "
+            f"got min_lr {run.low:g}, const_lr {const:g}, peak_lr {run.peak:g}"
+        )
+    cool, hold = run.length(cooldown, "cooldown"), run.length(constant, "constant")
+    return _schedule(
+        f"infinite_{shape}",
+        run.warm_up(),
+        LRPhase("cool-down", cool, shape, run.peak, const),
+        LRPhase("constant", hold, "constant", const, const),
+        LRPhase("anneal", run.rest("warmup, cooldown and constant", cool + hold), "exponential", const, run.low),
+    )
 
 
-_BUILDERS: dict[str, Callable[..., LRSchedule]] = {"cosine": cosine}
+infinite_cosine = partial(infinite, shape="cosine")
+infinite_rsqrt = partial(infinite, shape="rsqrt")
+infinite_linear = partial(infinite, shape="linear")
+
+_BUILDERS: dict[str, Callable[..., LRSchedule]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "wsd": wsd,
+    "infinite_cosine": infinite_cosine,
+    "infinite_rsqrt": infinite_rsqrt,
+    "infinite_linear": infinite_linear,
+}
+_OPTIONS = {
+    "wsd": ("decay",),
+    **{name: ("const_lr", "cooldown", "constant") for name in _BUILDERS if "infinite" in name},
+}
 
 
 @dataclass
@@ -163,9 +377,19 @@ class RewarmConfig:
     total_steps: int | None = field(
         default=None, metadata={"help": "Length of the schedule in steps; defaults to the length of the run."}
     )
+    decay: str | None = field(default=None, metadata={"help": "wsd: length of the decay; 0.1 of the run by default."})
+    const_lr: str | None = field(
+        default=None, metadata={"help": "infinite_*: rate of the constant phase; (peak + min)/2 by default."}
+    )
+    cooldown: str | None = field(
+        default=None, metadata={"help": "infinite_*: length of the cool-down; 0.6 of the run by default."}
+    )
+    constant: str | None = field(
+        default=None, metadata={"help": "infinite_*: length of the constant phase; 0.25 of the run by default."}
+    )
 
-    def build(self, run_steps: int) -> LRSchedule:
-        """The schedule of a run of `run_steps` optimizer steps.
+    def build(self, run_steps: int, tokens_per_step: float | None = None) -> LRSchedule:
+        """The schedule of a run of `run_steps` optimizer steps of `tokens_per_step` tokens.
 
         Raises:
             `ValueError`: an unknown schedule, or a length or rate out of range.
@@ -177,7 +401,16 @@ class RewarmConfig:
         """
         if self.schedule not in _BUILDERS:
             raise ValueError(f"schedule must be one of {sorted(_BUILDERS)}, got {self.schedule!r}")
+        allowed = _OPTIONS.get(self.schedule, ())
+        options = {name: getattr(self, name) for name in ("decay", "const_lr", "cooldown", "constant")}
+        given = {name: value for name, value in options.items() if value is not None}
+        for name in given:
+            if name not in allowed:
+                owners = sorted(schedule for schedule, names in _OPTIONS.items() if name in names)
+                raise ValueError(f"{name} is an option of schedule {' or '.join(owners)}, not of {self.schedule!r}")
         return _BUILDERS[self.schedule](
+            **given,
+            tokens_per_step=tokens_per_step,
             total_steps=run_steps if self.total_steps is None else self.total_steps,
             peak_lr=self.peak_lr,
             min_lr=self.min_lr,

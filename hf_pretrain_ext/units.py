@@ -1,7 +1,7 @@
 """Lengths and rates as users write them: one rule for every setting.
 
-An int is steps, a float below 1 is a fraction of the run, a string says its unit (`"500 steps"`, `"2%"`). A rate as a
-float is absolute, as a string with `%` it is relative to the peak rate.
+An int is steps, a float below 1 is a fraction of the run, a string says its unit (`"500 steps"`, `"2%"`,
+`"2B tokens"`). A rate as a float is absolute, as a string with `%` it is relative to the peak rate.
 """
 
 from __future__ import annotations
@@ -12,27 +12,40 @@ from fractions import Fraction
 
 __all__ = ["to_rate", "to_steps"]
 
-_LENGTH = re.compile(r"\s*([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*(%|steps?)?\s*")
+_LENGTH = re.compile(r"\s*([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*(%|steps?|[kKMBT]?\s*tokens?)?\s*")
+_TOKENS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _RATE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(%)?\s*")
 
 
-def to_steps(value: int | float | str, total_steps: int, name: str) -> int:
-    """Steps meant by the setting `name` in a run of `total_steps` steps; fractions are rounded to the nearest step.
+def to_steps(value: int | float | str, total_steps: int, name: str, tokens_per_step: float | None = None) -> int:
+    """Steps meant by the setting `name` in a run of `total_steps` steps, rounded to the nearest step.
+
+    Lengths in tokens need `tokens_per_step`, the tokens of an optimizer step.
 
     Raises:
-        `ValueError`: a negative length, a fraction of 1 or more, or an unknown unit.
+        `ValueError`: a negative length, a fraction of 1 or more, an unknown unit, or tokens without `tokens_per_step`.
 
     Example:
 
     >>> to_steps(0.01, 1000, "warmup"), to_steps(25, 1000, "warmup"), to_steps("2%", 1000, "warmup")
     (10, 25, 20)
+    >>> to_steps("2M tokens", 1000, "warmup", tokens_per_step=2048)
+    977
     """
     advice = f'{name} must be an int (steps), a float in [0, 1) (fraction of the run) or a string such as "500 steps"'
     if isinstance(value, str):
         match = _LENGTH.fullmatch(value)
         if match is None:
-            raise ValueError(f'{advice} or "2%", got {value!r}')
+            raise ValueError(f'{advice}, "2%" or "1B tokens", got {value!r}')
         number, unit = match.groups()
+        if unit is not None and "token" in unit:
+            if tokens_per_step is None:
+                raise ValueError(
+                    f"{name}={value!r} is in tokens, but the tokens of a step are not known here: use "
+                    "`extend(trainer)` and data with input_ids, or give the length in steps"
+                )
+            tokens = float(number) * _TOKENS[unit.split("t", 1)[0].strip()]
+            return math.floor(tokens / tokens_per_step + 0.5)
         if unit == "%":
             value = float(number) / 100
             if value >= 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hf_pretrain_ext import data
-from hf_pretrain_ext.forgetting import ForgettingConfig, History, heldout_loss, is_probe_step, number_of_probes
+from hf_pretrain_ext.forgetting import WEIGHT, ForgettingConfig, History, heldout_loss, is_probe_step, number_of_probes
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
 from hf_pretrain_ext.report.plots import forgetting_plot, have_matplotlib
 from hf_pretrain_ext.rng import rng_guard
@@ -81,22 +82,25 @@ class ForgettingCallback(TrainerPlugin):
         self.stop_if = _thresholds("stop_if", stop_if, datasets)
         self.history = History()
         self._prepared: dict[str, Any] = {}
+        self._prepared_for: Any = None
         self._alerted: list[str] = []
 
     def settings(self) -> dict[str, Any]:
         # What is measured may change between a run and its resume; what may end the run may not.
-        return {"stop_if": self.stop_if}
+        return {"stop_if": self.stop_if} if self.stop_if else {}
 
     def check(self, setup: Setup) -> Iterable[Problem]:
         known = setup.trainer.eval_dataset
         for name, dataset in self.datasets.items():
             who = f"{self.name}[{name}]"
-            if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            if not data.is_map_style(dataset) and (isinstance(dataset, Mapping) or not _is_empty(dataset)):
                 yield Problem(
-                    who, f"is a {type(dataset).__name__}, whose rows cannot be looked up", "Use a map-style dataset."
+                    who,
+                    f"is a {type(dataset).__name__}, whose rows cannot be looked up by number",
+                    "Use a map-style dataset; of a DatasetDict, one split.",
                 )
                 continue
-            if len(dataset) == 0:
+            if _is_empty(dataset):
                 yield Problem(who, "is empty", "Pass held-out rows, or leave the set out.")
                 continue
             if isinstance(known, Mapping) and name in known:
@@ -105,6 +109,8 @@ class ForgettingCallback(TrainerPlugin):
                     "has the name of a set in the Trainer's eval_dataset, whose metrics it would overwrite",
                     "Rename one of them.",
                 )
+            if self._prepared_for is not setup.trainer:
+                self._prepared, self._prepared_for = {}, setup.trainer
             if name not in self._prepared:
                 self._prepared[name] = setup.prepare(dataset, name, training=False)
             yield from self._check_set(who, self._prepared[name], setup)
@@ -157,17 +163,16 @@ class ForgettingCallback(TrainerPlugin):
         found = {"training": setup.train_dataset}
         for plugin in setup.plugins:
             found.update(plugin.training_data(setup))
-        return {
-            label: dataset
-            for label, dataset in found.items()
-            if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)
-        }
+        return {label: dataset for label, dataset in found.items() if data.is_map_style(dataset)}
 
     def describe(self) -> list[str]:
         if self.run is None:
             return []
         probes = number_of_probes(self.run.total_steps, self._every(), self.config.first_steps == "dense")
-        return [f"forgetting: {probes} probes of {', '.join(self.datasets)} ({self._rows_text()})"]
+        lines = [f"forgetting: {probes} probes of {', '.join(self.datasets)} ({self._rows_text()})"]
+        if not have_matplotlib():
+            lines.append("forgetting: no forgetting.png without matplotlib; pip install 'hf-pretrain-ext[report]'")
+        return lines
 
     def _rows_text(self) -> str:
         return ", ".join(f"{min(len(d), self.config.max_samples):,} rows" for d in self._prepared.values())
@@ -182,12 +187,14 @@ class ForgettingCallback(TrainerPlugin):
         return {"sets": self.history.sets, "alerted": self._alerted}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.history = History(state.get("sets"))
+        # Sets may be added and removed between a run and its resume; those that are gone are not carried along.
+        self.history = History({name: entry for name, entry in state["sets"].items() if name in self.datasets})
         self._alerted = list(state.get("alerted", []))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        if self.history.last_step() < 0:
+        # Also on a resume, where SIGTERM came between the step and its probe.
+        if self.history.last_step() < 0 or self._is_due(state.global_step):
             self._probe(control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -232,7 +239,7 @@ class ForgettingCallback(TrainerPlugin):
                     device=run.device,
                 )
                 nll, tokens = run.sum_over_ranks(sums).tolist()
-                self.history.add(name, run.step, nll / max(tokens, 1), int(tokens))
+                self.history.add(name, run.step, nll / tokens if tokens else math.nan, int(tokens))
         run.log(self.history.scalars())
         run.trace("probe", losses=self.history.scalars(), seconds=round(time.perf_counter() - began, 3))
         if run.is_main:
@@ -251,7 +258,7 @@ class ForgettingCallback(TrainerPlugin):
         for turn in range(-(-len(batches) // ranks)):
             number = turn * ranks + rank
             batch = run.collate_rows(dataset, batches[min(number, len(batches) - 1)])
-            batch["weight"] = 1.0 if number < len(batches) else 0.0
+            batch[WEIGHT] = 1.0 if number < len(batches) else 0.0
             yield batch
 
     def _judge(self, control: Any) -> None:
@@ -287,6 +294,10 @@ class ForgettingCallback(TrainerPlugin):
         temporary = folder / "forgetting.json.tmp"
         temporary.write_text(json.dumps(plain(self.history.to_json()), indent=1, allow_nan=False), encoding="utf-8")
         temporary.replace(folder / "forgetting.json")
+
+
+def _is_empty(dataset: Any) -> bool:
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset) == 0
 
 
 def _thresholds(name: str, given: Mapping[str, float] | None, sets: Mapping[str, Any]) -> dict[str, float]:

@@ -69,6 +69,7 @@ class ReplayCallback(TrainerPlugin):
         self.tokenizer = tokenizer
         self.allow_no_effect = allow_no_effect
         self._prepared: Any = None
+        self._prepared_for: Any = None
 
     def settings(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config)
@@ -85,17 +86,18 @@ class ReplayCallback(TrainerPlugin):
                 "Use a larger ratio if that is too coarse.",
                 level="note",
             )
-        if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
+        sized = hasattr(self.dataset, "__len__") and hasattr(self.dataset, "__getitem__")
+        if not data.is_map_style(self.dataset) and not (sized and len(self.dataset) == 0):
             yield Problem(
                 self.name,
                 f"the replay data is a {type(self.dataset).__name__}, whose rows cannot be looked up by number",
-                "Use a map-style dataset (`datasets.Dataset`).",
+                "Use a map-style dataset (`datasets.Dataset`); of a DatasetDict, one split.",
             )
             return
         if len(self.dataset) == 0:
             yield Problem(self.name, "the replay data is empty", "Pass old data, or leave the callback out.")
             return
-        if not hasattr(setup.train_dataset, "__len__") or not len(setup.train_dataset):
+        if not data.is_map_style(setup.train_dataset):
             return  # said by the checks of the plan
         if len(self._data(setup)) == 0:
             yield Problem(
@@ -185,13 +187,12 @@ class ReplayCallback(TrainerPlugin):
             )
 
     def _data(self, setup: Setup) -> Any:
-        if self._prepared is None:
-            self._prepared = setup.prepare(self.dataset, "replay")
+        if self._prepared is None or self._prepared_for is not setup.trainer:
+            self._prepared, self._prepared_for = setup.prepare(self.dataset, "replay"), setup.trainer
         return self._prepared
 
     def training_data(self, setup: Setup) -> dict[str, Any]:
-        usable = hasattr(self.dataset, "__len__") and hasattr(self.dataset, "__getitem__") and len(self.dataset)
-        return {"replay": self._data(setup)} if usable else {}
+        return {"replay": self._data(setup)} if data.is_map_style(self.dataset) else {}
 
     def wrap_plan(self, plan: SamplePlan) -> SamplePlan:
         source = Source("replay", len(self._prepared), order=self.config.order, replayed=True, dataset=self._prepared)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from torch.optim.lr_scheduler import LambdaLR
@@ -123,6 +123,11 @@ class RewarmCallback(TrainerPlugin):
                 f"learning_rate={setup.args.learning_rate} of the TrainingArguments is the rate that peak_lr scales",
                 "Set learning_rate to the rate of the main parameter group, usually peak_lr.",
             )
+        elif setup.given_optimizer:
+            # initial_lr: what a scheduler of an earlier train() started from.
+            groups = [group.get("initial_lr", group["lr"]) for group in setup.trainer.optimizer.param_groups]
+            if setup.args.learning_rate not in groups:
+                yield Problem(self.name, *_no_main_group(setup.args.learning_rate, groups))
         if setup.total_steps is None:
             return
         try:
@@ -163,6 +168,8 @@ class RewarmCallback(TrainerPlugin):
                 f"RewarmCallback in a plain Trainer needs a LambdaLR scheduler, got {type(scheduler).__name__}. "
                 "Use `extend(trainer)`, or an lr_scheduler_type such as 'constant'."
             )
+        if args.learning_rate not in scheduler.base_lrs:
+            raise ValueError("RewarmCallback: {}. {}".format(*_no_main_group(args.learning_rate, scheduler.base_lrs)))
         schedule = self._build(state.max_steps, None)
         ours = lambda_lr(optimizer, schedule, args.learning_rate)
         scheduler.lr_lambdas = ours.lr_lambdas
@@ -181,3 +188,12 @@ class RewarmCallback(TrainerPlugin):
                     "that this plan is the one that was interrupted",
                     logging.WARNING,
                 )
+
+
+def _no_main_group(rate: float, groups: Sequence[Any]) -> tuple[str, str]:
+    """What is wrong, and how to mend it, where no group trains at `learning_rate`."""
+    return (
+        f"the optimizer's groups have the rates {list(groups)}, none of them learning_rate={rate:g}, which becomes "
+        "peak_lr",
+        "Set learning_rate of the TrainingArguments to the rate of the main group.",
+    )

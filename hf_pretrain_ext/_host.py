@@ -5,6 +5,8 @@ Each is here because no public one does the job; `tests/test_host.py` fails when
 Overridden in `PluginTrainerMixin`:
     Trainer._maybe_log_save_evaluate   the only moment after the host's log line and before its save
     Trainer._save_checkpoint           the SIGTERM checkpoint calls it directly; `on_save` comes after push and pruning
+    Trainer._hp_search_setup           the moment in train() at which the arguments, a search's included, are settled
+    Trainer._load_rng_state            the random state of a resume is in place, and the next draw belongs to training
     Trainer._save_rng_state            the last file that every rank writes: the barrier before the manifest goes here
 Called or read here:
     Trainer._remove_unused_columns, Trainer._get_collator_with_removed_columns   what the host does to its own dataset
@@ -20,6 +22,7 @@ Called or read here:
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +43,8 @@ __all__ = [
 
 PRIVATE = {
     "Trainer": (
+        "_hp_search_setup",
+        "_load_rng_state",
         "_maybe_log_save_evaluate",
         "_save_checkpoint",
         "_save_rng_state",
@@ -110,14 +115,14 @@ def prepare_dataset(trainer: Any, dataset: Any, name: str, training: bool) -> An
     """`dataset` as the trainer prepares its own: TRL tokenizes, truncates and packs; a plain Trainer does nothing."""
     import datasets as hf_datasets
 
-    prepare = getattr(trainer, "_prepare_dataset", None)
-    if prepare is None or getattr(trainer, "_skip_prepare_dataset", False):
+    trl = sys.modules.get("trl")
+    if trl is None or not isinstance(trainer, trl.SFTTrainer) or trainer._skip_prepare_dataset:
         return dataset
     if not isinstance(dataset, hf_datasets.Dataset):
         return dataset
     args = trainer.args
     packing = args.packing if training or args.eval_packing is None else args.eval_packing
-    return prepare(dataset, trainer.processing_class, args, packing, trainer._formatting_func, name)
+    return trainer._prepare_dataset(dataset, trainer.processing_class, args, packing, trainer._formatting_func, name)
 
 
 def embeddings(model: Any) -> int | None:

@@ -54,7 +54,7 @@ def _list_problems(plugins: Sequence[TrainerPlugin]) -> list[Problem]:
             problems.append(Problem(type(plugin).__name__, "has no name", "Set the class attribute `name`."))
     for name in sorted({name for name in names if name and names.count(name) > 1}):
         problems.append(
-            Problem(name, f"is there {names.count(name)} times", "Keep one; settings of both belong into it.")
+            Problem(name, f"is there {names.count(name)} times", "Keep one; concatenate_datasets joins data.")
         )
     for method, what in _OWNED.items():
         owners = [plugin.name for plugin in plugins if overrides(plugin, method)]
@@ -91,8 +91,54 @@ def _host_problems(setup: Setup) -> list[Problem]:
                 "Build the Trainer without `optimizers`.",
             )
         )
+    if setup.plugins and args.auto_find_batch_size:
+        who = ", ".join(plugin.name for plugin in setup.plugins)
+        problems.append(
+            Problem(who, "auto_find_batch_size would change the run under its feet", "Set a batch size that fits.")
+        )
+    for method, hook in (("get_train_dataloader", "wrap_plan"), ("create_scheduler", "schedule")):
+        owner = _overriding_class(trainer, method)
+        if names.get(hook) and owner is not None:
+            problems.append(
+                Problem(
+                    names[hook],
+                    f"{owner.__name__} has a {method} of its own, which would not be called",
+                    f"Remove that method, or the plug-in that needs {method}.",
+                )
+            )
+    problems.extend(_distributed_problems(setup))
     if names["wrap_plan"]:
         problems.extend(_plan_problems(names["wrap_plan"], trainer, args))
+    return problems
+
+
+def _overriding_class(trainer: Any, method: str) -> type | None:
+    """The class nearest to the trainer, neither ours nor transformers', that defines `method`."""
+    for cls in type(trainer).__mro__:
+        if method in vars(cls) and cls.__module__.split(".")[0] not in ("transformers", "hf_pretrain_ext"):
+            return cls
+    return None
+
+
+def _distributed_problems(setup: Setup) -> list[Problem]:
+    trainer = setup.trainer
+    if setup.args.world_size <= 1:
+        return []
+    where = "ddp"
+    if trainer.is_fsdp_enabled:
+        where = "fsdp2"
+    elif trainer.is_deepspeed_enabled:
+        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
+        where = "zero3" if stage == 3 else "zero2"
+    problems = []
+    for plugin in setup.plugins:
+        declared = plugin.distributed.get(where, "untested")
+        if declared.startswith("refused"):
+            problems.append(Problem(plugin.name, f"{declared} ({where})", "Train without it, or on one process."))
+        elif declared == "untested":
+            problems.append(
+                Problem(plugin.name, f"has not been tested under {where}", "Compare a short run.", level="note")
+            )
     return problems
 
 
@@ -129,6 +175,4 @@ def _plan_problems(who: str, trainer: Any, args: Any) -> list[Problem]:
         add("accelerator_config.split_batches=True changes which rank sees which sample", "Set it to False.")
     if getattr(accelerator_config, "dispatch_batches", None):
         add("accelerator_config.dispatch_batches=True reads all data on one rank", "Leave it at None.")
-    if args.auto_find_batch_size:
-        add("auto_find_batch_size would change the global batch of the plan", "Set a batch size that fits.")
     return problems

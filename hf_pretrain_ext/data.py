@@ -16,6 +16,7 @@ __all__ = [
     "columns",
     "fingerprint",
     "id_range",
+    "is_map_style",
     "mean_tokens",
     "ngram_hashes",
     "overlap",
@@ -26,6 +27,15 @@ __all__ = [
 
 SAMPLE = 1_000
 """Rows that a check looks at (DESIGN: 1,000 sampled rows at `extend`)."""
+
+
+def is_map_style(dataset: Any) -> bool:
+    """Whether rows of `dataset` can be looked up by number, and there are any."""
+    from torch.utils.data import IterableDataset
+
+    if isinstance(dataset, IterableDataset | Mapping):
+        return False
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset) > 0
 
 
 def columns(dataset: Any) -> set[str]:
@@ -58,7 +68,15 @@ def token_rows(dataset: Any, rows: Sequence[int]) -> list[NDArray[np.int64]]:
     else:
         items = [dataset[row] for row in rows]
         found = [item["input_ids"] for item in items if isinstance(item, Mapping) and "input_ids" in item]
-    return [np.asarray(ids, dtype=np.int64).reshape(-1) for ids in found]
+    return [flat for ids in found if (flat := _flat_ids(ids)) is not None]
+
+
+def _flat_ids(ids: Any) -> NDArray[np.int64] | None:
+    """Token ids as one array; None where they are ragged lists of lists (multiple choice, say)."""
+    try:
+        return np.asarray(ids, dtype=np.int64).reshape(-1)
+    except (TypeError, ValueError):
+        return None
 
 
 def mean_tokens(dataset: Any) -> float | None:
@@ -76,7 +94,7 @@ def mean_tokens(dataset: Any) -> float | None:
 def fingerprint(dataset: Any, size: int = 64) -> str:
     """A hash of a map-style dataset's length and of some of its rows, chosen by key: other data gives another.
 
-    Rows are hashed by their token ids where they have any, else by their text form.
+    Rows are hashed by their token ids where they have any, else by those of their values that are plain.
 
     Example:
 
@@ -91,7 +109,11 @@ def fingerprint(dataset: Any, size: int = 64) -> str:
             digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
     else:
         for row in rows:
-            digest.update(repr(dataset[row]).encode())
+            item = dataset[row]
+            values = sorted(item.items()) if isinstance(item, Mapping) else [("", item)]
+            # Other objects print their address, which is another one in every process.
+            plain = [(key, value) for key, value in values if isinstance(value, str | int | float | bool)]
+            digest.update(repr(plain).encode())
     return digest.hexdigest()
 
 

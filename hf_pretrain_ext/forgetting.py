@@ -28,6 +28,8 @@ __all__ = ["ForgettingConfig", "History", "heldout_loss", "is_probe_step", "numb
 
 RECOVERY_MARGIN = 0.01
 """Nats above the initial loss at which a set counts as recovered."""
+WEIGHT = "hf_pretrain_ext_weight"
+"""Key of a batch's weight among those of a probe."""
 DENSE = 20
 """Steps 1 to 20 are all measured when the first steps are dense: that is where the stability gap is."""
 
@@ -97,7 +99,7 @@ def heldout_loss(
     """Summed negative log-likelihood and number of predicted tokens over `batches`: float64 tensor of shape `(2,)`.
 
     Sums, not means of means, so the loss is token-weighted and exact for ragged last batches. Each batch may hold
-    `weight` (1.0, or 0.0 for one that only keeps ranks in step). The model is put in evaluation mode and every module
+    `WEIGHT` (1.0, or 0.0 for one that only keeps ranks in step). The model is put in evaluation mode and every module
     is put back as it was.
 
     Args:
@@ -124,10 +126,12 @@ def heldout_loss(
     try:
         with torch.no_grad():
             for batch in batches:
-                weight = batch.pop("weight", 1.0)
+                weight = batch.pop(WEIGHT, 1.0)
                 inputs = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
                 total += weight * _batch_loss(model, config, inputs, shifts_labels, autocast)
     finally:
+        # train() on the root first: a module may do more there than set its flag (merge weights, say).
+        model.train(modes[0][1])
         for module, training in modes:
             module.training = training
     return total
@@ -152,6 +156,8 @@ def _batch_loss(
     with autocast():
         outputs = model(**inputs)
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    # Virtual tokens of prompt tuning stand before those that have labels.
+    logits = logits[:, -labels.shape[1] :]
     if shifts_labels and not shifted:
         logits, labels = logits[:, :-1], labels[:, 1:]
     sums = torch.zeros(2, dtype=torch.float64, device=logits.device)

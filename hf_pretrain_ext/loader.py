@@ -6,6 +6,7 @@ of the plan what they mean.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from hf_pretrain_ext.plan import Draws, SamplePlan
 from hf_pretrain_ext.plan.counter import derive_key
 from hf_pretrain_ext.rng import rng_guard
 
-__all__ = ["COUNTS", "DrawnFeatures", "PlanBatchSampler", "PlanCollator", "PlanDataset", "loss_tokens"]
+__all__ = ["COUNTS", "DrawnFeatures", "PlanBatchSampler", "PlanCollator", "PlanDataset", "loss_tokens", "private_copy"]
 
 COUNTS = "hf_pretrain_ext_counts"
 """Key of the counts in a batch: int64 `(sources, 3)`: samples, loss-bearing tokens, samples of unknown tokens."""
@@ -55,14 +56,17 @@ class PlanDataset(Dataset[Any]):
     def __getitems__(self, indices: range) -> DrawnFeatures:
         draws = self.plan.draws(indices.start, indices.stop)
         features: list[Any] = [None] * len(draws)
-        for k in np.unique(draws.source):
-            places = np.flatnonzero(draws.source == k)
-            rows = draws.row[places].tolist()
-            dataset = self.datasets[k]
-            items = dataset.__getitems__(rows) if hasattr(dataset, "__getitems__") else [dataset[row] for row in rows]
-            for place, item in zip(places, items, strict=True):
-                features[place] = item
+        # Transforms that draw at random draw by position, as random collators do.
+        with rng_guard(int(draws.seed[0])):
+            for k in np.unique(draws.source):
+                places = np.flatnonzero(draws.source == k)
+                for place, item in zip(places, _rows(self.datasets[k], draws.row[places].tolist()), strict=True):
+                    features[place] = item
         return DrawnFeatures(features, draws)
+
+
+def _rows(dataset: Any, rows: list[int]) -> Any:
+    return dataset.__getitems__(rows) if hasattr(dataset, "__getitems__") else [dataset[row] for row in rows]
 
 
 class PlanBatchSampler(BatchSampler):
@@ -149,6 +153,17 @@ class PlanCollator:
                 f"a batch holds token id {low if low < 0 else high}, but the model has {self.vocabulary} embeddings. "
                 f"It was drawn from {names}, rows {rows}: tokenize that data with the model's own tokenizer."
             )
+
+
+def private_copy(collator: Any, seed: int = 0) -> Any:
+    """A collator for looks and probes: what it draws leaves the generator of the one in training alone."""
+    made = copy.copy(collator)
+    if hasattr(made, "data_collator"):
+        made.data_collator = private_copy(made.data_collator, seed)
+    if getattr(made, "generator", None) is not None:
+        made.generator = None
+    _rekey(made, seed)
+    return made
 
 
 def _rekey(collator: Any, seed: int) -> None:

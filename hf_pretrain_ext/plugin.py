@@ -10,7 +10,11 @@ A plug-in overrides what it needs and nothing else; what it overrides is what it
     wrap_optimizer(optimizer) the optimizer that came out
     schedule(args, steps)     the learning rate as a function of the step (one owner)
     wrap_loss(compute_loss)   `compute_loss(model, inputs, return_outputs, num_items_in_batch)`
-    on_...                    the events of `TrainerCallback`
+    on_...                    the events of `TrainerCallback` (call `super().on_train_begin` where you override it)
+    training_data(setup)      datasets that it trains on besides the trainer's own
+    settings()                what a resume must find unchanged
+    begin()                   called once a `train()`, before state is loaded and before the first event
+    eval_metrics()            metrics that stand in the host's evaluations
     describe()                lines about what this run will do, for the terminal, trace and card
     state() / load_state()    the few numbers that its behaviour depends on, beyond settings, seed and step
 
@@ -26,7 +30,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from transformers import TrainerCallback
 
 from hf_pretrain_ext import _host
-from hf_pretrain_ext.data import mean_tokens
+from hf_pretrain_ext.data import is_map_style, mean_tokens
+from hf_pretrain_ext.loader import private_copy
 
 if TYPE_CHECKING:
     from hf_pretrain_ext.plan import SamplePlan
@@ -96,8 +101,7 @@ class Setup:
     def tokens_per_step(self) -> float | None:
         """Tokens an optimizer step, from the mean length of sampled training rows; None where they hold no ids."""
         dataset = self.train_dataset
-        known = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)
-        mean = mean_tokens(dataset) if known else None
+        mean = mean_tokens(dataset) if is_map_style(dataset) else None
         return mean * self.global_batch if mean else None
 
     @property
@@ -111,7 +115,8 @@ class Setup:
 
     def stripped(self, datasets: list[Any]) -> tuple[list[Any], Callable[[list[Any]], Any]]:
         """`datasets` without the columns that the model does not take, and the collator that they go through."""
-        return _host.strip_columns(self.trainer, datasets, self.trainer.data_collator)
+        stripped, collator = _host.strip_columns(self.trainer, datasets, self.trainer.data_collator)
+        return stripped, private_copy(collator)
 
 
 class TrainerPlugin(TrainerCallback):
@@ -186,6 +191,9 @@ class TrainerPlugin(TrainerCallback):
         """Called once a `train()`, after settings and state are in place and before the first event."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.run is not None and self.run.trainer.state is not state:
+            # Left over from another Trainer, which was extended; this one was not.
+            self.run = None
         if self.run is None and self.needs_extend:
             raise RuntimeError(
                 f"{type(self).__name__} needs more than a bare callback can do. Add one line before training:\n"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -18,7 +17,8 @@ from transformers import Trainer
 
 from hf_pretrain_ext import _host, checkpoint
 from hf_pretrain_ext.checks import find_problems, in_order
-from hf_pretrain_ext.data import fingerprint
+from hf_pretrain_ext.data import fingerprint, is_map_style
+from hf_pretrain_ext.loader import private_copy
 from hf_pretrain_ext.plan import SamplePlan, Source
 from hf_pretrain_ext.plan.plan import MAX_WINDOW
 from hf_pretrain_ext.plugin import PluginError, Problem, Setup, TrainerPlugin, overrides
@@ -37,7 +37,7 @@ __all__ = ["PluginRun", "host_length", "run_length"]
 _FREE_PREFIXES = ("logging_", "log_", "eval_", "save_", "dataloader_", "hub_", "push_to_hub", "ddp_", "do_", "report_")
 _FREE_ARGUMENTS = frozenset(
     "batch_eval_metrics bf16_full_eval dataset_num_proc debug disable_tqdm enable_jit_checkpoint fp16_full_eval "
-    "gradient_accumulation_steps greater_is_better ignore_data_skip include_for_metrics "
+    "gradient_accumulation_steps greater_is_better include_for_metrics "
     "include_num_input_tokens_seen load_best_model_at_end local_rank metric_for_best_model output_dir "
     "per_device_eval_batch_size per_device_train_batch_size prediction_loss_only project "
     "restore_callback_states_from_checkpoint resume_from_checkpoint run_name skip_memory_metrics "
@@ -92,6 +92,10 @@ class PluginRun:
         self._shown: set[Problem] = set()
         self._restored: dict[str, Any] | None = None
         self._before_step: dict[str, Any] | None = None
+        self._uncommitted_step = 0
+        self._sums: dict[str, Any] = {}
+        self.resume_from: str | None = None
+        self.active = False
         self._fingerprints: dict[str, str] = {}
 
     # What a plug-in may use
@@ -163,7 +167,7 @@ class PluginRun:
     def collate_rows(self, dataset: Any, rows: Sequence[int]) -> dict[str, Any]:
         """Some rows as a batch, columns removed that the model does not take, by the trainer's own collator."""
         (stripped,), collator = _host.strip_columns(self.trainer, [dataset], self.trainer.data_collator)
-        return dict(collator([stripped[row] for row in rows]))
+        return dict(private_copy(collator)([stripped[row] for row in rows]))
 
     # Life cycle, called by the trainer
 
@@ -184,6 +188,10 @@ class PluginRun:
         # Looking at data may run a random collator; what it draws is nobody's business in training.
         with rng_guard():
             problems = find_problems(setup)
+        if self.plan_config != type(self.plan_config)() and not any(overrides(p, "wrap_plan") for p in candidates):
+            problems.append(
+                Problem("plan", "PlanConfig is given, but no plug-in decides the order", "Leave it out, or add one.")
+            )
         errors = [problem for problem in problems if problem.level == "error"]
         if errors:
             raise PluginError(errors)
@@ -214,7 +222,8 @@ class PluginRun:
         return plan
 
     def start(self, resume_from: str | None) -> None:
-        """Everything before the host's `train()`: plan, schedule, comparison with the checkpoint, state, trace."""
+        """Everything before the host's loop: plan, schedule, comparison with the checkpoint, state, trace."""
+        self.active = True
         self.plan = self.build_plan()
         trainer = self.trainer
         self.total_steps, self.steps_per_epoch = 0, 0
@@ -224,7 +233,8 @@ class PluginRun:
             self.steps_per_epoch, self.total_steps = self._host_length()
         self._fingerprints = self._data()
         owner = self.owner("schedule")
-        self.lr_schedule = owner.schedule(trainer.args, self.total_steps) if owner else None
+        # Zero steps: only the host's own loader will tell, through `set_length`.
+        self.lr_schedule = owner.schedule(trainer.args, self.total_steps) if owner and self.total_steps else None
         sources = len(self.plan.sources) if self.plan else 0
         self._counts = [[0, 0, 0] for _ in range(sources)]
         self._committed = self._uncommitted = None
@@ -242,31 +252,44 @@ class PluginRun:
         if description:
             self.say("\n".join(description))
 
+    def set_length(self, per_epoch: int, total: int) -> None:
+        """What the host counted, where it differs from what could be known before (a loader of the user's own)."""
+        if (per_epoch, total) == (self.steps_per_epoch, self.total_steps):
+            return
+        self.steps_per_epoch, self.total_steps = per_epoch, total
+        owner = self.owner("schedule")
+        self.lr_schedule = owner.schedule(self.trainer.args, total) if owner else None
+
     def _host_length(self) -> tuple[int, int]:
         """Steps an epoch and steps in all of the training data as it is; zeros where that cannot be known."""
         args, dataset = self.trainer.args, self.trainer.train_dataset
-        if hasattr(dataset, "__len__") and len(dataset):
+        if is_map_style(dataset):
             return host_length(args, len(dataset), _host.train_batch_size(self.trainer), self.global_batch)
         return max(args.max_steps, 0), max(args.max_steps, 0)
 
     def _data(self) -> dict[str, str]:
         """What the training data is, from a sample of its rows: other data of the same size is other data."""
-        if self.plan is not None:
-            return {source.name: fingerprint(source.dataset) for source in self.plan.sources}
-        dataset = self.trainer.train_dataset
-        known = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)
-        return {"train": fingerprint(dataset)} if known else {}
+        if not self.plugins:
+            return {}
+        sources = {source.name: source.dataset for source in self.plan.sources} if self.plan else {}
+        found = sources or {"train": self.trainer.train_dataset}
+        # A dataset may draw as it is read; the same draws give the same hash, and training does not see them.
+        with rng_guard(seed=0):
+            return {name: fingerprint(dataset) for name, dataset in found.items() if is_map_style(dataset)}
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the run does; a resume must have the same."""
         arguments = {
             key: value
             for key, value in self.trainer.args.to_dict().items()
-            if key not in _FREE_ARGUMENTS and not key.startswith(_FREE_PREFIXES)
+            if key == "dataloader_drop_last" or not (key in _FREE_ARGUMENTS or key.startswith(_FREE_PREFIXES))
         }
+        if self.plan is not None:
+            # The plan goes on at the right sample with or without the host's skipping.
+            arguments.pop("ignore_data_skip")
         return plain(
             {
-                "plugins": {plugin.name: plugin.settings() for plugin in self.plugins},
+                "plugins": {plugin.name: settings for plugin in self.plugins if (settings := plugin.settings())},
                 "plan": self.plan.identity() if self.plan else None,
                 "schedule": self.lr_schedule.identity() if self.lr_schedule else None,
                 "data": self._fingerprints,
@@ -286,7 +309,11 @@ class PluginRun:
         now = self.identity()
         known = {key: value for key, value in saved["identity"]["arguments"].items() if key in now["arguments"]}
         now["arguments"] = {key: value for key, value in now["arguments"].items() if key in known}
-        changed = checkpoint.differences({**saved["identity"], "arguments": known}, now)
+        before = {**saved["identity"], "arguments": known}
+        if not self.total_steps:
+            for identity in (before, now):
+                identity.update(total_steps=None, schedule=None)
+        changed = checkpoint.differences(before, now)
         if changed:
             raise checkpoint.CheckpointError(self._refusal(resume_from, saved["identity"], changed))
         self.resumed_at = int(saved["step"])
@@ -318,21 +345,33 @@ class PluginRun:
         if self._restored:
             _host.restore_log_sums(self.trainer, self._restored)
 
-    def on_step_begin(self) -> None:
-        """What a checkpoint made inside the step (on SIGTERM) must hold: a resume will make this step again."""
-        self._before_step = {"rng": get_rng_state(), "loss": _host.log_sums(self.trainer)}
+    def remember_state(self) -> None:
+        """What a checkpoint made inside the coming step (on SIGTERM) must hold: a resume will make that step again."""
+        self._before_step = {"step": self.step, "rng": get_rng_state(), "loss": _host.log_sums(self.trainer)}
 
-    def on_step_end(self) -> None:
-        self._before_step = None
+    def on_epoch_begin(self) -> None:
+        # At an epoch's start a resume puts the random state back before the loader draws its base seed.
+        if self.step % self.steps_per_epoch == 0:
+            self.remember_state()
+
+    def on_step_begin(self) -> None:
+        if self._interrupted is None or self.step % self.steps_per_epoch:
+            self.remember_state()
+
+    @property
+    def _interrupted(self) -> dict[str, Any] | None:
+        """The state at the beginning of the step, if that step is not made yet."""
+        before = self._before_step
+        return before if before and before["step"] == self.step else None
 
     @contextmanager
     def rng_of_step_begin(self) -> Iterator[None]:
         """Inside a step, the random state of its beginning; between steps, the state as it is."""
-        if self._before_step is None:
+        if self._interrupted is None:
             yield
             return
         with rng_guard():
-            set_rng_state(self._before_step["rng"])
+            set_rng_state(self._interrupted["rng"])
             yield
 
     def on_train_end(self) -> None:
@@ -345,11 +384,11 @@ class PluginRun:
         """Takes the counts out of the micro-batches of the step about to run."""
         found = [batch.pop(key) for batch in batches if hasattr(batch, "pop") and key in batch]
         if found:
-            self._uncommitted = torch.stack(found).sum(dim=0)
+            self._uncommitted, self._uncommitted_step = torch.stack(found).sum(dim=0), self.step
 
     def commit(self) -> None:
-        """The step was made: what it saw is counted. Stays on the device: no synchronisation."""
-        if self._uncommitted is not None:
+        """Counts what the last step saw, if it was made. Stays on the device: no synchronisation."""
+        if self._uncommitted is not None and self.step > self._uncommitted_step:
             self._committed = self._uncommitted + (0 if self._committed is None else self._committed)
             self._uncommitted = None
 
@@ -387,12 +426,10 @@ class PluginRun:
         if not pending:
             return
         trainer = self.trainer
-        control = trainer.control
-        kept = dataclasses.asdict(control)
+        due = trainer.control.should_log
         # The base class's log: a subclass's own (TRL's, say) would attach its running metrics to our line.
         Trainer.log(trainer, dict(pending))
-        for key, value in kept.items():
-            setattr(trainer.control, key, value)
+        trainer.control.should_log = due
         self._trace.write("log", self.step, scalars=pending)
 
     def flush_unless_log_is_due(self) -> None:
@@ -402,8 +439,17 @@ class PluginRun:
     # Saving
 
     def _log_sums(self) -> dict[str, Any]:
-        sums = self._before_step["loss"] if self._before_step else _host.log_sums(self.trainer)
-        return {"loss": sums["loss"].item(), "last_logged": sums["last_logged"]}
+        """Over all ranks: the host logs their mean; every rank must call this."""
+        before = self._interrupted
+        sums = before["loss"] if before else _host.log_sums(self.trainer)
+        mean = self.trainer.accelerator.reduce(sums["loss"].clone(), reduction="mean")
+        return {"loss": mean.item(), "last_logged": sums["last_logged"]}
+
+    def prepare_save(self) -> None:
+        """What all ranks do together before a checkpoint is written by one."""
+        self.commit()
+        self.gather_counts()
+        self._sums = self._log_sums()
 
     def save(self, folder: str) -> None:
         """Writes our part of a checkpoint, last of all files."""
@@ -415,7 +461,7 @@ class PluginRun:
                 "save_only_model": bool(trainer.args.save_only_model),
                 "identity": self.identity(),
                 "counts": self._counts,
-                "log_sums": self._log_sums(),
+                "log_sums": self._sums,
                 "plugins": {plugin.name: plugin.state() for plugin in self.plugins},
             },
         )

@@ -109,7 +109,7 @@ class LRSchedule:
 
 @dataclass(frozen=True)
 class CallableSchedule(LRSchedule):
-    """A function of the user's as a schedule of `total_steps` steps: `schedule(step)` is its value, clamped at the end.
+    """A function of the user's as a schedule of `total_steps` steps, clamped at the end.
 
     What a checkpoint keeps of it, to be compared on resume, is its rate at 65 steps spread over the run.
 

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,7 +16,7 @@ from transformers.trainer_utils import seed_worker
 
 from hf_pretrain_ext import _host, checkpoint
 from hf_pretrain_ext.loader import COUNTS, PlanBatchSampler, PlanCollator, PlanDataset
-from hf_pretrain_ext.plan.plan import Order
+from hf_pretrain_ext.plan.plan import MAX_WINDOW, Order
 from hf_pretrain_ext.plugin import TrainerPlugin
 from hf_pretrain_ext.run import PluginRun, run_length
 from hf_pretrain_ext.schedules import LRSchedule
@@ -48,6 +48,12 @@ class PlanConfig:
         metadata={"help": "Draws within which sources are permuted; defaults to the global batch."},
     )
 
+    def __post_init__(self) -> None:
+        if self.order not in get_args(Order):
+            raise ValueError(f"order must be one of {get_args(Order)}, got {self.order!r}")
+        if self.window is not None and not 1 <= self.window <= MAX_WINDOW:
+            raise ValueError(f"window must lie in 1..{MAX_WINDOW} draws, got {self.window}")
+
 
 def relative_rate(step: int, schedule: LRSchedule, base_lr: float) -> float:
     """What `LambdaLR` multiplies each group's rate with: groups at `base_lr` get the schedule, others scale."""
@@ -75,8 +81,10 @@ class _Conductor(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.on_step_begin()
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.on_epoch_begin()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.run.on_step_end()
         self.run.commit()
         if control.should_log:
             self.run.gather_counts()
@@ -113,17 +121,37 @@ class PluginTrainerMixin(_Base):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         run = self._plugin_run
         run.attach(_plugins(self))
-        folder, skipped = self._resolve(resume_from_checkpoint)
-        self._order_callbacks()
-        if self.model_init is None:
-            self.model = self._wrap_plugin_model(self.model)
-        if not run.given_optimizer:
-            # The host would go on with the last train()'s optimizer, moments and all.
-            self.optimizer = None
-        run.start(folder)
+        run.resume_from, skipped = self._resolve(resume_from_checkpoint)
         for line in skipped:
             run.say(line)
-        return super().train(folder, *args, **kwargs)
+        if self.model_init is None:
+            wrapped = self._wrap_plugin_model(self.model)
+            if wrapped is not self.model:
+                self.model = self.model_wrapped = wrapped.to(self.args.device)
+        if run.plugins and not run.given_optimizer:
+            # The host would go on with the last train()'s optimizer, moments and all.
+            self.optimizer = None
+        try:
+            result = super().train(run.resume_from, *args, **kwargs)
+            run.flush()
+            return result
+        finally:
+            run.active = False
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        # Called by every train(), after model_init and before weights are loaded: here the arguments are settled.
+        super()._hp_search_setup(trial)
+        run = self._plugin_run
+        if trial is not None:
+            run.attach(_plugins(self))
+        self._order_callbacks()
+        run.start(run.resume_from)
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        values = super().set_initial_training_values(*args, **kwargs)
+        if self._plugin_run.active:
+            self._plugin_run.set_length(int(values[1]), int(values[6]))
+        return values
 
     def _resolve(self, resume_from_checkpoint: str | bool | None) -> tuple[str | None, list[str]]:
         """The checkpoint to resume from, looked through and hashed on one rank for all."""
@@ -253,11 +281,14 @@ class PluginTrainerMixin(_Base):
         run = self._plugin_run
         run.flush_unless_log_is_due()
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        run.flush()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         run = self._plugin_run
         prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
-        if prefix != "eval" or not self.is_in_train or run.eval_scalars is not None:
+        # Not in a search: its default objective is the sum of all metrics.
+        search = self.state.is_hyper_param_search
+        if prefix != "eval" or not run.active or search or run.eval_scalars is not None:
             return super().evaluate(*args, **kwargs)
         run.eval_scalars = {key: value for plugin in run.plugins for key, value in plugin.eval_metrics().items()}
         try:
@@ -265,6 +296,10 @@ class PluginTrainerMixin(_Base):
             return {**metrics, **run.eval_scalars}
         finally:
             run.eval_scalars = None
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self._plugin_run.remember_state()
 
     def _save_rng_state(self, output_dir: str) -> None:
         with self._plugin_run.rng_of_step_begin():
@@ -274,7 +309,7 @@ class PluginTrainerMixin(_Base):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run = self._plugin_run
-        run.gather_counts()
+        run.prepare_save()
         if self.args.should_save:
             checkpoint.invalidate(_host.checkpoint_folder(self, trial))
         write = self.state.save_to_json

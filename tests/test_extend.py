@@ -342,6 +342,98 @@ def test_an_optimizer_given_by_the_user_stays(tmp_path: Path) -> None:
         extend(trainer, Everything())
 
 
+def test_a_plugin_left_over_from_another_trainer_is_not_attached(tmp_path: Path) -> None:
+    """One callback object in two Trainers, the second not extended: it says so, or works as a bare callback."""
+    replay, rewarm = ReplayCallback(tiny.rows(30, seed=9), ratio=0.25), RewarmCallback(peak_lr=1e-2, warmup=2)
+    extend(tiny.trainer(tmp_path / "a", replay, rewarm)).train()
+    with pytest.raises(RuntimeError, match=r"extend\(trainer\)"):
+        tiny.trainer(tmp_path / "b", replay).train()
+    plain = tiny.trainer(tmp_path / "c", rewarm)
+    plain.train()
+    rates = [line["learning_rate"] for line in plain.state.log_history if "learning_rate" in line]
+    schedule = cosine(total_steps=6, peak_lr=1e-2, warmup=2)
+    assert rates == pytest.approx([schedule(step) for step in range(6)], rel=1e-12)
+
+
+def test_wrap_model_may_return_another_module(tmp_path: Path) -> None:
+    class Wrapper(torch.nn.Module):
+        calls = 0
+
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner, self.config = inner, inner.config
+
+        def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+            Wrapper.calls += 1
+            return self.inner(input_ids=input_ids, labels=labels, **kwargs)
+
+    class Wraps(TrainerPlugin):
+        name = "wraps"
+
+        def wrap_model(self, model: Any) -> Any:
+            return model if isinstance(model, Wrapper) else Wrapper(model)
+
+    trainer = extend(tiny.trainer(tmp_path, Wraps()))
+    trainer.train()
+    assert isinstance(trainer.model, Wrapper) and Wrapper.calls == 6
+
+
+class OwnLoader(Trainer):
+    """A user's subclass that makes its own loader and scheduler."""
+
+    def get_train_dataloader(self) -> Any:
+        return super().get_train_dataloader()
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        return super().create_scheduler(num_training_steps, optimizer)
+
+
+def test_methods_of_the_users_own_are_not_bypassed_silently(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, *plugins(), cls=OwnLoader)
+    with pytest.raises(PluginError) as error:
+        extend(trainer)
+    assert "OwnLoader has a get_train_dataloader of its own" in str(error.value)
+    assert "OwnLoader has a create_scheduler of its own" in str(error.value)
+    with pytest.raises(PluginError, match="auto_find_batch_size would change the run"):
+        extend(tiny.trainer(tmp_path, RewarmCallback(peak_lr=1e-2), auto_find_batch_size=True))
+    with pytest.raises(PluginError, match="PlanConfig is given, but no plug-in decides the order"):
+        extend(tiny.trainer(tmp_path, RewarmCallback(peak_lr=1e-2)), plan=PlanConfig(order="original"))
+    with pytest.raises(ValueError, match="order must be one of"):
+        PlanConfig(order="sorted")  # type: ignore[arg-type]  # the mistake under test
+
+
+def test_lengths_that_only_the_users_loader_knows(tmp_path: Path) -> None:
+    """No train_dataset, epochs of a loader of the user's own: the schedule spans what the host counts."""
+    from torch.utils.data import DataLoader
+    from transformers import default_data_collator
+
+    class Own(Trainer):
+        def get_train_dataloader(self) -> Any:
+            loader = DataLoader(tiny.rows(20), batch_size=4, collate_fn=default_data_collator)
+            return self.accelerator.prepare(loader)
+
+    trainer = Own(
+        model=tiny.model(),
+        args=tiny.arguments(tmp_path, max_steps=-1, num_train_epochs=2),
+        callbacks=[RewarmCallback(peak_lr=1e-2, warmup=2), ForgettingCallback({"old": tiny.rows(4)}, every=0.5)],
+    )
+    extend(trainer).train()
+    rates = [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
+    schedule = cosine(total_steps=10, peak_lr=1e-2, warmup=2)
+    assert rates == pytest.approx([schedule(step) for step in range(10)], rel=1e-12)
+
+
+def test_a_stop_asked_for_on_our_line_is_kept(tmp_path: Path) -> None:
+    class StopsOnOurLine(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "eval_old_loss" in (logs or {}) and state.global_step == 2:
+                control.should_training_stop = True
+
+    trainer = extend(tiny.trainer(tmp_path, ForgettingCallback({"old": tiny.rows(4)}), StopsOnOurLine()))
+    trainer.train()
+    assert trainer.state.global_step < 6
+
+
 def test_plan_config_reaches_the_plan(tmp_path: Path) -> None:
     trainer = extend(
         tiny.trainer(tmp_path, ReplayCallback(tiny.rows(9, seed=1), ratio=0.25)),

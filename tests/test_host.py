@@ -54,6 +54,8 @@ SIGNATURES = {
         "start_time",
         "learning_rate",
     ],
+    "Trainer._hp_search_setup": ["trial"],
+    "Trainer._load_rng_state": ["checkpoint"],
     "Trainer._save_checkpoint": ["model", "trial"],
     "Trainer._save_rng_state": ["output_dir"],
     "Trainer._remove_unused_columns": ["dataset", "description"],

@@ -174,7 +174,7 @@ WRONG_DATA: list[tuple[str, Any, Any, dict[str, Any], str]] = [
     ("sequential", old_rows(4), None, {"train_sampling_strategy": "sequential"}, "PlanConfig(order='original')"),
     ("split", old_rows(4), None, {"accelerator_config": {"split_batches": True}}, "split_batches=True"),
     ("dispatch", old_rows(4), None, {"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
-    ("auto batch", old_rows(4), None, {"auto_find_batch_size": True}, "auto_find_batch_size would change"),
+    ("auto batch", old_rows(4), None, {"auto_find_batch_size": True}, "auto_find_batch_size would change the run"),
 ]
 
 

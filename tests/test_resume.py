@@ -248,30 +248,38 @@ def test_the_length_of_a_run_is_the_hosts(
 
 
 class _SavesInsideAStep(TrainerCallback):
-    """What the host's SIGTERM handler does: a checkpoint in the middle of a step, then the end."""
+    """What the host's SIGTERM handler does: a checkpoint at `event` of the step `at`, then the end."""
 
-    def __init__(self, at: int | None):
+    def __init__(self, event: str | None, at: int):
         self.at, self.trainer = at, None
+        if event is not None:
+            setattr(self, event, self._save)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def _save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.at:
             self.trainer._save_checkpoint(self.trainer.model, trial=None)
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_checkpoint_inside_a_step_is_exact(accumulation: int, tmp_path: Path) -> None:
-    """Dropout has drawn and the loss been summed when SIGTERM saves; the resume makes that step again, the same."""
+@pytest.mark.resume
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
+@pytest.mark.parametrize(("at", "accumulation"), [(3, 1), (3, 2), (10, 1), (12, 1), (1, 1)])
+def test_a_checkpoint_inside_a_step_is_exact(event: str, at: int, accumulation: int, tmp_path: Path) -> None:
+    """Dropout has drawn and the loss been summed when SIGTERM saves; the resume makes that step again, the same.
 
-    def build(at: int | None) -> Any:
-        signal = _SavesInsideAStep(at)
+    An epoch is 10 steps: step 10 is the first of the second, where the loader draws a seed before the step begins.
+    """
+
+    def build(event: str | None) -> Any:
+        signal = _SavesInsideAStep(event, at)
         trainer = extend(
             tiny.trainer(
                 tmp_path / "run",
                 *settings.make(settings.TOGETHER),
                 signal,
                 dropout=0.3,
-                logging_steps=2,
+                max_steps=14,
+                logging_steps=4,
                 gradient_accumulation_steps=accumulation,
                 per_device_train_batch_size=4 // accumulation,
             )
@@ -282,10 +290,15 @@ def test_a_checkpoint_inside_a_step_is_exact(accumulation: int, tmp_path: Path) 
     whole = build(None)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
-        build(3).train()
+        build(event).train()
     resumed = build(None)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.plugin_run.resumed_at == 3
+    assert resumed.plugin_run.resumed_at == at
     assert tiny.same_weights(whole, resumed)
-    assert tiny.history(resumed)[:-1] == tiny.history(whole)[:-1]
     assert resumed.plugin_run.realised() == whole.plugin_run.realised()
+    probes = [trainer.plugin_run.plugins[0].state()["sets"]["old"] for trainer in (whole, resumed)]
+    assert probes[0] == probes[1]
+    lines = [[line for line in tiny.history(trainer) if "loss" in line] for trainer in (whole, resumed)]
+    if event == "on_step_end" and at % 4 == 0:
+        lines[0] = [line for line in lines[0] if line["step"] != at]  # the host saved before it logged
+    assert lines[0] == lines[1]

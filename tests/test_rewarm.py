@@ -144,6 +144,22 @@ def test_a_scheduler_of_the_users_own_is_a_problem(tmp_path: Path) -> None:
         extend(trainer, RewarmCallback(peak_lr=1e-2))
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_optimizer_at_another_rate_is_refused(plain: bool, tmp_path: Path) -> None:
+    """`learning_rate` is what peak_lr stands for: with no group at that rate, every rate would be off by a factor."""
+    model = tiny.model()
+    trainer = Trainer(
+        model=model,
+        args=tiny.arguments(tmp_path),
+        train_dataset=tiny.rows(40),
+        data_collator=default_data_collator,
+        optimizers=(torch.optim.SGD(model.parameters(), lr=0.5), None),
+        callbacks=[RewarmCallback(peak_lr=1e-2, warmup=2)],
+    )
+    with pytest.raises(ValueError, match=r"have the rates \[0\.5\], none of them learning_rate=0\.01"):
+        (trainer if plain else extend(trainer)).train()
+
+
 def test_a_plain_trainer_with_another_scheduler_says_what_to_do(tmp_path: Path) -> None:
     trainer = tiny.trainer(
         tmp_path, RewarmCallback(peak_lr=1e-2, warmup=2), lr_scheduler_type="reduce_lr_on_plateau",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_continuous_at_every_joint(name: str) -> None:
     for before, after in zip(schedule.phases, schedule.phases[1:], strict=False):
         assert before.at(before.steps) == pytest.approx(after.at(0), rel=1e-12)
     steps = [schedule(step) for step in range(998)]
-    longest = max(abs(a - b) for a, b in zip(steps[10:], steps[11:], strict=False))
+    longest = max(abs(a - b) for a, b in itertools.pairwise(steps[10:]))
     assert longest < PEAK / 50  # no jump after the warm-up; the steepest is the last 10 % of wsd
     assert schedule.total_steps == 997
     assert LRSchedule.from_identity(schedule.identity()) == schedule
@@ -90,7 +91,7 @@ def test_linear_and_wsd_are_the_hosts() -> None:
     ours = linear(total_steps=100, peak_lr=1.0, min_lr=0.0, warmup=7)
     theirs = host_rates(get_linear_schedule_with_warmup, 100, num_warmup_steps=7, num_training_steps=100)
     assert [ours(step) for step in range(100)] == pytest.approx(theirs, abs=1e-12)
-    ours = wsd(total_steps=100, peak_lr=1.0, min_lr="25%", warmup=7, decay=20)
+    ours = wsd(total_steps=100, peak_lr=1.0, min_lr="25%", start_lr="25%", warmup=7, decay=20)  # the host's start
     theirs = host_rates(
         get_wsd_schedule,
         101,

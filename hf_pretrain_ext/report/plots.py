@@ -7,6 +7,8 @@ from typing import Any
 
 __all__ = ["forgetting_plot", "have_matplotlib"]
 
+_TICKS = [0, 5, 10, 20, *(digit * 10**power for power in range(1, 8) for digit in (5, 10, 20))]
+
 
 def have_matplotlib() -> bool:
     from importlib.util import find_spec
@@ -36,7 +38,13 @@ def forgetting_plot(runs: dict[str, dict[str, Any]], path: str | Path, title: st
         first = next(run["sets"][name] for run in runs.values() if name in run["sets"])
         panel.axhline(first["losses"][0], color="grey", linewidth=0.8, linestyle=":", label="before training")
         # Symmetric-log steps: the first twenty, where the stability gap is, get as much room as the rest.
+        last = max(run["sets"][name]["steps"][-1] for run in runs.values() if name in run["sets"])
         panel.set_xscale("symlog", linthresh=20)
+        panel.set_xlim(-0.5, max(last * 1.05, 1))
+        panel.set_xticks(
+            [tick for tick in _TICKS if tick <= last], [f"{t:,}" for t in _TICKS if t <= last], fontsize=8
+        )
+        panel.set_xticks([], minor=True)
         panel.set_xlabel("optimizer step")
         panel.set_ylabel("held-out loss (nats/token)")
         panel.set_title(name)

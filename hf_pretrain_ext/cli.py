@@ -1,4 +1,4 @@
-"""The command line: `hf-pretrain-ext demo`."""
+"""The command line: `hf-pretrain-ext demo` and `hf-pretrain-ext plugins`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("demo", add_help=False, help="the main job on real text, about ten minutes on two cores")
+    commands.add_parser("plugins", add_help=False, help="list the plug-ins that are installed, other packages' too")
     command, rest = parser.parse_args(given[:1]).command, given[1:]
-    return {"demo": _demo}[command](rest)
+    return {"demo": _demo, "plugins": _plugins}[command](rest)
+
+
+def _plugins(arguments: list[str]) -> int:
+    from hf_pretrain_ext.registry import installed_plugins
+
+    argparse.ArgumentParser(
+        prog="hf-pretrain-ext plugins",
+        description="Lists the plug-ins that are installed: name, class, and what it does.",
+    ).parse_args(arguments)
+    for name, plugin in installed_plugins().items():
+        summary = (plugin.__doc__ or "").strip().splitlines()[0]
+        print(f"{name:<12} {plugin.__module__}.{plugin.__qualname__}\n{'':<12} {summary}")
+    return 0
 
 
 def _demo(arguments: list[str]) -> int:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,9 +17,10 @@ from transformers import Trainer
 from hf_pretrain_ext import _host, checkpoint
 from hf_pretrain_ext.checks import find_problems, in_order
 from hf_pretrain_ext.data import fingerprint, is_map_style
+from hf_pretrain_ext.identity import compare, compared_arguments
+from hf_pretrain_ext.lengths import host_length, run_length, window_for
 from hf_pretrain_ext.loader import private_copy
 from hf_pretrain_ext.plan import SamplePlan, Source
-from hf_pretrain_ext.plan.plan import MAX_WINDOW
 from hf_pretrain_ext.plugin import PluginError, Problem, Setup, TrainerPlugin, overrides
 from hf_pretrain_ext.rng import get_rng_state, rng_guard, set_rng_state
 from hf_pretrain_ext.say import say
@@ -30,44 +30,7 @@ if TYPE_CHECKING:
     from hf_pretrain_ext.schedules import LRSchedule
     from hf_pretrain_ext.trainer import PlanConfig
 
-__all__ = ["PluginRun", "host_length", "run_length"]
-
-# What may differ between a run and its resume, because it does not change what is trained on or how: where files go,
-# what is logged, evaluated and saved, workers, and the split of one global batch over ranks and micro-batches.
-_FREE_PREFIXES = ("logging_", "log_", "eval_", "save_", "dataloader_", "hub_", "push_to_hub", "ddp_", "do_", "report_")
-_FREE_ARGUMENTS = frozenset(
-    "batch_eval_metrics bf16_full_eval dataset_num_proc debug disable_tqdm enable_jit_checkpoint fp16_full_eval "
-    "gradient_accumulation_steps greater_is_better include_for_metrics "
-    "include_num_input_tokens_seen load_best_model_at_end local_rank metric_for_best_model output_dir "
-    "per_device_eval_batch_size per_device_train_batch_size prediction_loss_only project "
-    "restore_callback_states_from_checkpoint resume_from_checkpoint run_name skip_memory_metrics "
-    "torch_empty_cache_steps trackio_space_id trackio_bucket_id trackio_static_space_id".split()
-)
-
-
-def run_length(args: Any, epoch: int, global_batch: int) -> tuple[int, int]:
-    """Optimizer steps of an epoch of `epoch` draws of a plan, and of the whole run.
-
-    Epochs are rounded up to whole global batches (down with `dataloader_drop_last`).
-    """
-    per_epoch = epoch // global_batch if args.dataloader_drop_last else -(-epoch // global_batch)
-    return _with_epochs(args, per_epoch)
-
-
-def host_length(args: Any, samples: int, batch_size: int, global_batch: int) -> tuple[int, int]:
-    """The same for `samples` rows without a plan, as the host counts them: rounded per rank and micro-batch."""
-    ranks = global_batch // (batch_size * args.gradient_accumulation_steps)
-    if args.dataloader_drop_last:
-        per_rank = samples // batch_size // ranks
-    else:
-        per_rank = -(-samples // (batch_size * ranks))
-    return _with_epochs(args, -(-per_rank // args.gradient_accumulation_steps))
-
-
-def _with_epochs(args: Any, per_epoch: int) -> tuple[int, int]:
-    per_epoch = max(per_epoch, 1)
-    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    return per_epoch, int(total)
+__all__ = ["PluginRun"]
 
 
 class PluginRun:
@@ -215,7 +178,7 @@ class PluginRun:
         plan = SamplePlan(
             sources=(Source("train", len(dataset), order=config.order, dataset=dataset),),
             seed=seed,
-            window=config.window or _window(self.global_batch),
+            window=config.window or window_for(self.global_batch),
         )
         for plugin in wrapping:
             plan = plugin.wrap_plan(plan)
@@ -244,7 +207,8 @@ class PluginRun:
         if resume_from is not None:
             self._restore(resume_from)
         description = [line for plugin in self.plugins for line in plugin.describe()]
-        header = {"identity": self.identity(), "versions": versions(), "describe": description}
+        plugins = {plugin.name: plugin.settings() for plugin in self.plugins}
+        header = {"plugins": plugins, "identity": self.identity(), "versions": versions(), "describe": description}
         if self.resumed_at is None:
             self._trace.write("start", 0, **header)
         else:
@@ -279,14 +243,7 @@ class PluginRun:
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the run does; a resume must have the same."""
-        arguments = {
-            key: value
-            for key, value in self.trainer.args.to_dict().items()
-            if key == "dataloader_drop_last" or not (key in _FREE_ARGUMENTS or key.startswith(_FREE_PREFIXES))
-        }
-        if self.plan is not None:
-            # The plan goes on at the right sample with or without the host's skipping.
-            arguments.pop("ignore_data_skip")
+        arguments = compared_arguments(self.trainer.args, has_plan=self.plan is not None)
         return plain(
             {
                 "plugins": {plugin.name: settings for plugin in self.plugins if (settings := plugin.settings())},
@@ -306,39 +263,12 @@ class PluginRun:
                 f"{resume_from} was saved with save_only_model=True: it has no optimizer state to resume with. "
                 "Load the model from that folder and call train() without resume_from_checkpoint for a new run."
             )
-        now = self.identity()
-        known = {key: value for key, value in saved["identity"]["arguments"].items() if key in now["arguments"]}
-        now["arguments"] = {key: value for key, value in now["arguments"].items() if key in known}
-        before = {**saved["identity"], "arguments": known}
-        if not self.total_steps:
-            for identity in (before, now):
-                identity.update(total_steps=None, schedule=None)
-        changed = checkpoint.differences(before, now)
-        if changed:
-            raise checkpoint.CheckpointError(self._refusal(resume_from, saved["identity"], changed))
+        compare(resume_from, saved["identity"], self.identity())
         self.resumed_at = int(saved["step"])
         self._counts = [list(row) for row in saved["counts"]]
         self._restored = saved["log_sums"]
         for plugin in self.plugins:
             plugin.load_state(saved["plugins"].get(plugin.name, {}))
-
-    def _refusal(self, resume_from: str, saved: dict[str, Any], changed: list[str]) -> str:
-        lines = [f"cannot resume from {resume_from}: the run would not be the one that was interrupted. Changed:"]
-        lines += [f"  {line}" for line in changed if not line.startswith("schedule.")]
-        if saved["schedule"] != (self.lr_schedule.identity() if self.lr_schedule else None):
-            from hf_pretrain_ext.schedules import LRSchedule
-
-            before = (
-                LRSchedule.from_identity(saved["schedule"]).describe() if saved["schedule"] else ["the host's own"]
-            )
-            after = self.lr_schedule.describe() if self.lr_schedule else ["the host's own"]
-            lines += ["learning rate of the checkpoint:", *(f"  {line}" for line in before)]
-            lines += ["learning rate now:", *(f"  {line}" for line in after)]
-        lines.append(
-            "Restore these settings to resume. To train further with new ones, load the model from that folder and "
-            "call train() without resume_from_checkpoint: a new run, with a schedule and a plan of its own."
-        )
-        return "\n".join(lines)
 
     def on_train_begin(self) -> None:
         """Inside the host's loop, before the first step: sums that the host does not save are put back."""
@@ -466,11 +396,3 @@ class PluginRun:
             },
         )
         self._trace.write("save", self.step, folder=os.path.basename(folder))
-
-
-def _window(global_batch: int) -> int:
-    """The global batch, or its largest divisor that a plan's windows can be."""
-    parts = -(-global_batch // MAX_WINDOW)
-    while global_batch % parts:
-        parts += 1
-    return global_batch // parts

@@ -15,10 +15,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import seed_worker
 
 from hf_pretrain_ext import _host, checkpoint
+from hf_pretrain_ext.lengths import run_length
 from hf_pretrain_ext.loader import COUNTS, PlanBatchSampler, PlanCollator, PlanDataset
 from hf_pretrain_ext.plan.plan import MAX_WINDOW, Order
 from hf_pretrain_ext.plugin import TrainerPlugin
-from hf_pretrain_ext.run import PluginRun, run_length
+from hf_pretrain_ext.run import PluginRun
 from hf_pretrain_ext.schedules import LRSchedule
 
 __all__ = ["PlanConfig", "PluginTrainerMixin", "extend", "lambda_lr"]

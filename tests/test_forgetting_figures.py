@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_pretrain_ext.checkpoint import read_state, write_state
-from hf_pretrain_ext.forgetting import History, heldout_loss, is_probe_step, summarise
+from hf_pretrain_ext.forgetting import WEIGHT, History, heldout_loss, is_probe_step, summarise
 
 PROPERTY = settings(max_examples=80, derandomize=True, deadline=None)
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ def test_the_table_says_what_the_figures_are() -> None:
     assert general.split() == ["general", "2.000", "2.500", "1", "0.500", "2", "1.500", "+0.500"]
     assert domain.split() == ["domain", "1.000", "1.250", "1", "0.250", "2", "0.750", "+0.250"]
     assert history_of([2.0, 2.5, 2.4]).table()[1].split()[5:] == ["never", "2.400", "-0.400"]
-    assert history_of([2.0, 1.5]).table()[1].split()[4:] == ["0.000", "–", "1.500", "+0.500"]
+    assert history_of([2.0, 1.5]).table()[1].split()[4:] == ["0.000", "1", "1.500", "+0.500"]
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_batches_without_weight_count_for_nothing(
 ) -> None:
     """Ranks that have fewer batches repeat one with weight 0 to keep in step."""
     batches = batches_of(*rows, 4)
-    weighted = [{**batch, "weight": 1.0} for batch in batches] + [{**batches[0], "weight": 0.0}]
+    weighted = [{**batch, WEIGHT: 1.0} for batch in batches] + [{**batches[0], WEIGHT: 0.0}]
     assert loss(llama, weighted) == loss(llama, batches)
     assert loss(llama, []) == (0.0, 0)
 

@@ -225,7 +225,7 @@ def test_the_length_of_a_run_is_the_hosts(
     drop_last: bool, samples: int, batch: int, accumulation: int, tmp_path: Path
 ) -> None:
     """Steps predicted before training against what the host itself computes, without a plan and with one."""
-    from hf_pretrain_ext.run import host_length, run_length
+    from hf_pretrain_ext.lengths import host_length, run_length
 
     trainer = tiny.trainer(
         tmp_path,

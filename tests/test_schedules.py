@@ -204,7 +204,21 @@ def test_fractions_are_rounded_to_the_nearest_step(hundredths: int, total: int) 
 
 
 NO_LENGTHS = [-1, -0.5, 1.0, 1.5, 1000.0, math.nan, math.inf, -math.inf, True, False, None, [1]]
-NO_LENGTHS += ["", " ", "steps", "-5", "5 epochs", "2B tokens", "100%", "250%", "1.0", "1.5 steps", "1e3 steps", "nan"]
+NO_LENGTHS += [
+    "",
+    " ",
+    "steps",
+    "-5",
+    "5 epochs",
+    "2B token s",
+    "-2B tokens",
+    "100%",
+    "250%",
+    "1.0",
+    "1.5 steps",
+    "1e3 steps",
+    "nan",
+]
 NO_LENGTHS += ["inf", "0x10", "5 5", "2%%", "½", "1__0", "1_%"]
 
 

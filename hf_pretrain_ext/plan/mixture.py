@@ -38,8 +38,8 @@ def integer_weights(shares: Sequence[float | Fraction], limit: int = MAX_WEIGHT)
 
     >>> integer_weights([0.95, 0.05])
     (19, 1)
-    >>> sum(integer_weights([2**0.5, 1.0]))
-    65536
+    >>> integer_weights([2**0.5, 1.0])  # rounded to 65536 parts
+    (19195, 13573)
     """
     values = [share if isinstance(share, Fraction) else _as_fraction(share) for share in shares]
     if any(value < 0 for value in values) or not any(values):

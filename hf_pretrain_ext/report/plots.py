@@ -49,7 +49,7 @@ def forgetting_plot(runs: dict[str, dict[str, Any]], path: str | Path, title: st
         panel.set_ylabel("held-out loss (nats/token)")
         panel.set_title(name)
         panel.grid(alpha=0.25)
-    panels[0].legend(fontsize=8)
+    panels[-1].legend(fontsize=8)
     if title:
         figure.suptitle(title)
     figure.savefig(path)

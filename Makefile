@@ -54,7 +54,7 @@ test-distributed: $(STAMP) ## every test that starts several ranks, one after an
 	$(PYTEST) -m distributed
 
 bench: $(STAMP) ## what the plug-ins cost per step
-	$(BIN)/python benchmarks/overhead.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/overhead.py
 
 build: $(STAMP) ## sdist and wheel into dist/
 	$(BIN)/python -m build

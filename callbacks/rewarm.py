@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
+from hf_pretrain_ext.run import PluginRun
 from hf_pretrain_ext.say import say
 from hf_pretrain_ext.schedules import CallableSchedule, LRSchedule, RewarmConfig
 from hf_pretrain_ext.trainer import lambda_lr, relative_rate
@@ -98,13 +99,15 @@ class RewarmCallback(TrainerPlugin):
         self.config.build(1_000_000_000, tokens_per_step=1e6)
 
     def schedule(self, args: Any, total_steps: int) -> LRSchedule:
-        return self._build(total_steps, self.run.tokens_per_step if self.run else None)
+        return self._build(total_steps, self.run)
 
-    def _build(self, total_steps: int, tokens_per_step: float | None) -> LRSchedule:
+    def _build(self, total_steps: int, source: PluginRun | Setup | None) -> LRSchedule:
+        """The schedule of a run; `source` knows the tokens of a step, asked only where a length is in tokens."""
         if self.function is not None:
             length = total_steps if self.config.total_steps is None else self.config.total_steps
             return CallableSchedule.of(self.function, length)
-        return self.config.build(total_steps, tokens_per_step)
+        in_tokens = any("token" in str(value) for value in dataclasses.asdict(self.config).values())
+        return self.config.build(total_steps, source.tokens_per_step if source and in_tokens else None)
 
     def settings(self) -> dict[str, Any]:
         # Lengths and rates as text, whether they came from Python or from a command line.
@@ -131,7 +134,7 @@ class RewarmCallback(TrainerPlugin):
         if setup.total_steps is None:
             return
         try:
-            schedule = self._build(setup.total_steps, setup.tokens_per_step)
+            schedule = self._build(setup.total_steps, setup)
         except ValueError as error:
             yield Problem(self.name, f"in a run of {setup.total_steps} steps, {error}", "Shorten it, or train longer.")
             return

@@ -43,7 +43,7 @@ class PluginRun:
         self.plugins: tuple[TrainerPlugin, ...] = ()
         self.plan: SamplePlan | None = None
         self.lr_schedule: LRSchedule | None = None
-        self.tokens_per_step: float | None = None
+        self._setup: Setup | None = None
         self.steps_per_epoch = 0
         self.total_steps = 0
         self.resumed_at: int | None = None
@@ -100,6 +100,12 @@ class PluginRun:
     def global_batch(self) -> int:
         """Samples an optimizer step, over all ranks and micro-batches."""
         return int(self.trainer.get_total_train_batch_size(self.trainer.args))
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Tokens an optimizer step, from sampled training rows; None where they hold no ids. It reads data."""
+        with rng_guard():
+            return self._setup.tokens_per_step if self._setup else None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that the training step runs in."""
@@ -162,7 +168,7 @@ class PluginRun:
             if problem not in self._shown:
                 self._shown.add(problem)
                 self.say(f"note: {problem}", logging.WARNING)
-        self.tokens_per_step = setup.tokens_per_step
+        self._setup = setup
         self.plugins = tuple(in_order(candidates))
         for plugin in self.plugins:
             plugin.run = self

@@ -43,6 +43,29 @@ def test_off_is_identical(tmp_path: Path, bare: Trainer) -> None:
     assert tiny.history(trained) == tiny.history(bare)
 
 
+def test_off_reads_no_data_before_training(tmp_path: Path) -> None:
+    """A dataset that draws as it is read: extended without plug-ins, training sees the draws of a bare Trainer."""
+
+    class Draws(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+            ids = torch.randint(1, 64, (16,))
+            return {"input_ids": ids, "labels": ids}
+
+    bare = tiny.trainer(tmp_path / "bare", data=Draws())
+    bare.train()
+    off = extend(tiny.trainer(tmp_path / "off", data=Draws()))
+    off.train()
+    rewarmed = extend(tiny.trainer(tmp_path / "on", settings.by_name("rewarm").make(), data=Draws()))
+    rewarmed.train()
+    assert tiny.same_weights(off, bare)
+    assert tiny.history(off) == tiny.history(bare)
+    # The same data reaches a run with a plug-in that leaves data alone: its first loss is the bare one.
+    assert tiny.history(rewarmed)[0]["loss"] == tiny.history(bare)[0]["loss"]
+
+
 @pytest.mark.parametrize("row", OBSERVERS, ids=lambda row: row.name)
 def test_observers_change_nothing(row: settings.Row, tmp_path: Path, bare: Trainer) -> None:
     trained = train(tmp_path, row.make())

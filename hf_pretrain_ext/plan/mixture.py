@@ -9,7 +9,10 @@ stored as a table, so that "source and count of draw t" is a look-up.
 
 from __future__ import annotations
 
+import bisect
+import functools
 import heapq
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_WEIGHT", "Schedule", "integer_weights", "quota_schedule"]
+__all__ = ["MAX_WEIGHT", "SampleMixture", "Schedule", "integer_weights", "quota_schedule"]
 
 MAX_WEIGHT = 1 << 16
 _UNIT = 1 << 32
@@ -69,7 +72,7 @@ def _as_fraction(share: float) -> Fraction:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A stored schedule: `prefix` draws, then `len(source) − prefix` draws repeated for ever.
+    """A stored schedule: `prefix` draws, then `len(source) − prefix` draws (none: it ends there) repeated for ever.
 
     `source[t]` is the source of draw t and `count[t]` how many draws of that source came before it.
     """
@@ -86,6 +89,8 @@ class Schedule:
 
     def look_up(self, t: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Source and per-source count of the draws number `t` (int64, from 0): two arrays of the shape of `t`."""
+        if not self.cycle:
+            return self.source[t], self.count[t]
         repeats = np.maximum(t - self.prefix, 0) // self.cycle
         position = t - repeats * self.cycle
         source = self.source[position]
@@ -93,19 +98,23 @@ class Schedule:
 
     def counts(self, t: int) -> NDArray[np.int64]:
         """How many of the first `t` draws each source gets: shape `(sources,)`."""
-        repeats = max(t - self.prefix, 0) // self.cycle
+        repeats = max(t - self.prefix, 0) // self.cycle if self.cycle else 0
         position = t - repeats * self.cycle
         head = np.bincount(self.source[:position], minlength=len(self.weights)).astype(np.int64)
         return head + repeats * self.cycle_counts
 
 
-def quota_schedule(weights: Sequence[int], residual: Sequence[int] | None = None) -> Schedule:
+def quota_schedule(
+    weights: Sequence[int], residual: Sequence[int] | None = None, length: int | None = None
+) -> Schedule:
     """The schedule of sources with integer `weights`, by earliest deadlines.
 
     Args:
         weights (`Sequence[int]`): non-negative, at least one positive, sum at most 2^16, at most 255 sources.
         residual (`Sequence[int]`, *optional*): how far each source is ahead of its share when the schedule starts, in
             units of 2^-32 samples, summing to 0; a source that is ahead waits, one that lags is served early.
+        length (`int`, *optional*): draws that will be asked for. A shorter segment than a period costs only its own
+            length; by default the schedule goes on for ever.
 
     Raises:
         `ValueError`: weights outside these limits.
@@ -128,28 +137,98 @@ def quota_schedule(weights: Sequence[int], residual: Sequence[int] | None = None
     if len(ahead) != len(weights) or sum(ahead) != 0:
         raise ValueError(f"residual must hold one integer a source and sum to 0, got {ahead}")
 
+    # Schedules are immutable, and appending a segment to a plan asks for those of all segments before it again.
+    return _built(weights, tuple(ahead), length if length is not None and length < total else None)
+
+
+class SampleMixture:
+    """Source and per-source number of every draw, for shares counted in samples.
+
+    Args:
+        segments (`Sequence[tuple[int, tuple[int, ...]]]`): start draw and integer weights of each mixture, in order;
+            the first starts at 0, and each starts from the residual of the last, else drift would add up.
+
+    Example:
+
+    >>> SampleMixture([(0, (3, 1)), (4, (1, 1))]).look_up(0, 8)[0].tolist()
+    [0, 0, 1, 0, 0, 1, 0, 1]
+    """
+
+    def __init__(self, segments: Sequence[tuple[int, tuple[int, ...]]]):
+        self.starts = [start for start, _ in segments]
+        self.schedules: list[Schedule] = []
+        self.before: list[NDArray[np.int64]] = []
+        before = np.zeros(len(segments[0][1]), dtype=np.int64)
+        residual = [0] * len(before)
+        for number, (start, weights) in enumerate(segments):
+            if number:
+                length = start - self.starts[number - 1]
+                gained = self.schedules[-1].counts(length)
+                before = before + gained
+                residual = _carry(residual, gained, self.schedules[-1].weights, length)
+            until = self.starts[number + 1] - start if number + 1 < len(segments) else None
+            self.schedules.append(quota_schedule(weights, residual, until))
+            self.before.append(before)
+
+    def look_up(self, start: int, stop: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Source and number within the source of the draws `start` to `stop` − 1: two arrays of that length."""
+        sources, numbers = [], []
+        k = bisect.bisect_right(self.starts, start) - 1
+        while start < stop:
+            end = min(self.starts[k + 1], stop) if k + 1 < len(self.starts) else stop
+            source, number = self.schedules[k].look_up(np.arange(start - self.starts[k], end - self.starts[k]))
+            sources.append(source)
+            numbers.append(number + self.before[k][source])
+            start, k = end, k + 1
+        return (sources[0], numbers[0]) if len(sources) == 1 else (np.concatenate(sources), np.concatenate(numbers))
+
+    def counts(self, stop: int) -> NDArray[np.int64]:
+        """How many of the first `stop` draws each source gets: shape `(sources,)`."""
+        k = bisect.bisect_right(self.starts, stop) - 1
+        return self.before[k] + self.schedules[k].counts(stop - self.starts[k])
+
+
+def _carry(residual: list[int], gained: NDArray[np.int64], weights: tuple[int, ...], length: int) -> list[int]:
+    """How far each source is ahead of its share after `length` draws, in 2^-32 samples, summing to 0."""
+    total = sum(weights)
+    ahead = [
+        old + int(count) * _UNIT - (length * weight * _UNIT + total // 2) // total
+        for old, count, weight in zip(residual, gained, weights, strict=True)
+    ]
+    # Rounding leaves a few units; the largest weight takes them, for which they matter least.
+    ahead[weights.index(max(weights))] -= sum(ahead)
+    return ahead
+
+
+@functools.lru_cache(maxsize=1024)
+def _built(weights: tuple[int, ...], ahead: tuple[int, ...], length: int | None) -> Schedule:
     served = [0] * len(weights)
     sources: list[int] = []
-    seen: dict[tuple[int, ...], int] = {}
-    runner = _EarliestDeadline(weights, total, ahead)
-    period = 0
-    while True:
-        state = tuple(served[k] - period * weights[k] for k in range(len(weights)))
-        if state in seen:
-            prefix = seen[state] * total
-            break
-        seen[state] = period
-        for _ in range(total):
-            chosen = runner.next()
-            served[chosen] += 1
-            sources.append(chosen)
-        period += 1
+    runner = _EarliestDeadline(weights, sum(weights), list(ahead))
+    prefix = 0
+    if length is not None:
+        sources = [runner.next() for _ in range(length)]
+        prefix = length
+    else:
+        seen: dict[tuple[int, ...], int] = {}
+        for period in itertools.count():
+            state = tuple(served[k] - period * weights[k] for k in range(len(weights)))
+            if state in seen:
+                prefix = seen[state] * sum(weights)
+                break
+            seen[state] = period
+            for _ in range(sum(weights)):
+                chosen = runner.next()
+                served[chosen] += 1
+                sources.append(chosen)
     source = np.array(sources, dtype=np.uint8)
     count = np.zeros(len(source), dtype=np.int64)
     for k in range(len(weights)):
         mask = source == k
         count[mask] = np.arange(int(mask.sum()))
     cycle_counts = np.bincount(source[prefix:], minlength=len(weights)).astype(np.int64)
+    for array in (source, count, cycle_counts):
+        array.setflags(write=False)
     return Schedule(weights, source, count, prefix, cycle_counts)
 
 

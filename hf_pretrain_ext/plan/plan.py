@@ -7,6 +7,7 @@ depend on workers, ranks or accumulation, a resume touches no data, and any slic
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -16,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_pretrain_ext.plan.counter import bounded, derive_key, random_words
-from hf_pretrain_ext.plan.mixture import MAX_WEIGHT, Schedule, integer_weights, quota_schedule
+from hf_pretrain_ext.plan.mixture import MAX_WEIGHT, SampleMixture, integer_weights
 from hf_pretrain_ext.plan.permutation import MAX_ROWS, PassOrder, shuffles
+from hf_pretrain_ext.plan.tokens import Cursor, TokenMixture
 
-__all__ = ["Draw", "Draws", "Order", "Phase", "SamplePlan", "Segment", "Source"]
+__all__ = ["Draw", "Draws", "Order", "Phase", "SamplePlan", "Segment", "Source", "Unit"]
 
 Order = Literal["shuffled", "original", "host"]
+Unit = Literal["samples", "tokens"]
 MAX_WINDOW = 1 << 15
 _CHUNK = 1 << 15
 
@@ -61,24 +64,36 @@ class Source:
 
     Args:
         name (`str`): unique in the plan; with the plan's seed it keys the order of the rows.
-        num_rows (`int`): 1 to 2^62.
+        num_rows (`int` or `None`): 1 to 2^62; None for a stream, whose rows come as they come: row c is the c-th read.
         order (`str`): `"shuffled"` (a new keyed permutation every pass), `"original"` (rows in order, every pass), or
             `"host"` (the order of the Trainer's own random sampler: pass p is `torch.randperm` seeded with seed + p).
         replayed (`bool`): whether the rows are old data, counted as replay in logs and reports.
         dataset: what the rows are read from; not part of the plan's identity.
+        lengths (`NDArray`, *optional*): tokens of each row, shape `(num_rows,)`; needed where shares are in tokens.
+        mean_tokens (`float`, *optional*): tokens of a mean row, for forecasts; taken from `lengths` where given.
     """
 
     name: str
-    num_rows: int
+    num_rows: int | None
     order: Order = "shuffled"
     replayed: bool = False
     dataset: Any = dataclasses.field(default=None, compare=False, repr=False)
+    lengths: NDArray[np.integer] | None = dataclasses.field(default=None, compare=False, repr=False)
+    mean_tokens: float | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_rows <= MAX_ROWS:
+        if self.num_rows is not None and not 1 <= self.num_rows <= MAX_ROWS:
             raise ValueError(f"source {self.name!r}: num_rows must lie in 1..2^62, got {self.num_rows}")
         if self.order not in get_args(Order):
             raise ValueError(f"source {self.name!r}: order must be one of {get_args(Order)}, got {self.order!r}")
+        if self.lengths is None:
+            return
+        if self.num_rows is None or self.lengths.shape != (self.num_rows,) or self.lengths.min() < 0:
+            raise ValueError(
+                f"source {self.name!r}: lengths must hold a number of tokens for each of its {self.num_rows} rows, "
+                f"got shape {self.lengths.shape}"
+            )
+        object.__setattr__(self, "mean_tokens", int(self.lengths.sum(dtype=np.int64)) / self.num_rows)
 
 
 @dataclass(frozen=True)
@@ -99,13 +114,6 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class _CompiledSegment:
-    start: int
-    schedule: Schedule
-    before: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
 class SamplePlan:
     """Which row of which source is sample i of the run, for every i.
 
@@ -121,6 +129,10 @@ class SamplePlan:
             way cannot be held to that by any rule that does not know the future: 1.4 samples is the most seen over
             random chains of segments, 2.4 when sources come and go.) The Trainer binding sets it to the global batch.
         phases (`tuple[Phase, ...]`): disjoint named ranges; phase number 0 is "outside any", k is `phases[k - 1]`.
+        unit (`str`, *optional*, defaults to `"samples"`): what the weights are shares of. `"tokens"` needs the
+            `lengths` of every source; at window ends a source is then within half of ((1 − share) of its longest row
+            plus `share` of the others' longest rows together) of its share: half a row for two sources alike.
+        cursor ([`Cursor`], *optional*): for shares in tokens, where the order may be computed from instead of draw 0.
 
     Raises:
         `ValueError`: inconsistent sources, segments, phases or sizes.
@@ -141,6 +153,8 @@ class SamplePlan:
     epoch: int = 0
     window: int = 1
     phases: tuple[Phase, ...] = ()
+    unit: Unit = "samples"
+    cursor: Cursor | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.sources) <= 255:
@@ -154,12 +168,21 @@ class SamplePlan:
             alone = (1,) + (0,) * (len(self.sources) - 1)
             object.__setattr__(self, "segments", (Segment(0, alone),))
         if not self.epoch:
-            object.__setattr__(self, "epoch", self.sources[0].num_rows)
+            object.__setattr__(self, "epoch", self.sources[0].num_rows or 0)
         if self.epoch < 1:
-            raise ValueError(f"epoch must be a positive number of draws, got {self.epoch}")
+            raise ValueError(
+                f"epoch must be a positive number of draws, got {self.epoch}; with a stream first, it must be given"
+            )
+        if self.unit not in get_args(Unit):
+            raise ValueError(f"unit must be one of {get_args(Unit)}, got {self.unit!r}")
         if len(self.phases) > 255:
             raise ValueError(f"a plan has at most 255 phases, got {len(self.phases)}")
         self._check_segments()
+        if self.unit == "tokens":
+            drawn = np.any([segment.weights for segment in self.segments], axis=0)
+            for source, used in zip(self.sources, drawn, strict=True):
+                if used and (source.lengths is None or not source.mean_tokens):
+                    raise ValueError(f"source {source.name!r}: shares in tokens need `lengths` that are not all 0")
         last = 0
         for phase in self.phases:
             if not last <= phase.start < phase.stop:
@@ -192,17 +215,62 @@ class SamplePlan:
         >>> plan.segments
         (Segment(start=0, weights=(3, 1)),)
         """
-        if not 0 <= share < 1:
-            raise ValueError(f"share must lie in [0, 1), got {share}")
-        part = Fraction(repr(float(share)))
+        return self.with_sources([source], [(0, [share])], epoch)
+
+    def with_sources(
+        self,
+        sources: Sequence[Source],
+        shares: Sequence[tuple[int, Sequence[float | Fraction]]],
+        epoch: int | None = None,
+    ) -> SamplePlan:
+        """A plan that also draws from `sources`, whose shares of all draws may change on the way.
+
+        Args:
+            sources (`Sequence[Source]`): the new ones.
+            shares (`Sequence`): pairs of a start draw (a multiple of the window, the first 0) and the share of each
+                new source from there on, in [0, 1) and together below 1. What was there keeps its proportions.
+            epoch (`int`, *optional*): draws in an epoch, if it changes.
+
+        Example:
+
+        >>> plan = SamplePlan((Source("new", 100),))
+        >>> plan.with_sources([Source("a", 9), Source("b", 9)], [(0, [0.25, 0.25]), (50, [0.1, 0])]).segments
+        (Segment(start=0, weights=(2, 1, 1)), Segment(start=50, weights=(9, 1, 0)))
+        """
+        if not shares or shares[0][0] != 0:
+            raise ValueError(f"shares must begin at draw 0, got {[start for start, _ in shares]}")
+        parts = []
+        for start, given in shares:
+            if len(given) != len(sources) or not all(share >= 0 for share in given) or not sum(given) < 1:
+                raise ValueError(
+                    f"share must lie in [0, 1), one for each of {len(sources)} sources and together below 1, "
+                    f"got {[float(share) for share in given]} from draw {start} on"
+                )
+            exact = [share if isinstance(share, Fraction) else Fraction(repr(float(share))) for share in given]
+            parts.append((start, exact))
         segments = []
-        for segment in self.segments:
-            total = sum(segment.weights)
-            shares = [Fraction(weight, total) * (1 - part) for weight in segment.weights]
-            segments.append(Segment(segment.start, integer_weights([*shares, part], MAX_WEIGHT)))
+        for start in sorted({segment.start for segment in self.segments} | {start for start, _ in parts}):
+            old = [segment for segment in self.segments if segment.start <= start][-1].weights
+            new = [exact for at, exact in parts if at <= start][-1]
+            kept = [Fraction(weight, sum(old)) * (1 - sum(new)) for weight in old]
+            segments.append(Segment(start, integer_weights([*kept, *new], MAX_WEIGHT)))
         return dataclasses.replace(
-            self, sources=(*self.sources, source), segments=tuple(segments), epoch=epoch or self.epoch
+            self, sources=(*self.sources, *sources), segments=tuple(segments), epoch=epoch or self.epoch
         )
+
+    def with_segment(self, start: int, shares: Sequence[float | Fraction]) -> SamplePlan:
+        """A plan whose mixture changes at draw `start`, after its last segment: draws before it stay as they were.
+
+        Example:
+
+        >>> plan = SamplePlan((Source("a", 10), Source("b", 10)), (Segment(0, (1, 1)),))
+        >>> later = plan.with_segment(8, [0.75, 0.25])
+        >>> later.segments[-1], bool((later.draws(0, 8).row == plan.draws(0, 8).row).all())
+        (Segment(start=8, weights=(3, 1)), True)
+        """
+        segment = Segment(start, integer_weights(shares, MAX_WEIGHT))
+        cursor = self.cursor_before(min(start, self.segments[-1].start)) if self.unit == "tokens" else None
+        return dataclasses.replace(self, segments=(*self.segments, segment), cursor=cursor)
 
     def with_phase(self, name: str, start: int, stop: int) -> SamplePlan:
         """A plan with one more named phase, draws `start` to `stop` − 1."""
@@ -232,20 +300,26 @@ class SamplePlan:
         if stop < 0:
             raise IndexError(f"counts({stop}): stop must not be negative")
         whole = stop - stop % self.window
-        compiled = self._segment_at(whole)
-        counts = compiled.before + compiled.schedule.counts(whole - compiled.start)
+        counts = self._mixture.counts(whole)
         if whole < stop:
             counts = counts + np.bincount(self.draws(whole, stop).source, minlength=len(self.sources))
         return counts
 
     def shares(self, index: int) -> NDArray[np.float64]:
         """The share of each source in the mixture in force at draw `index`: shape `(sources,)`, sums to 1."""
-        weights = np.array(self._segment_at(index).schedule.weights, dtype=np.float64)
+        segment = [segment for segment in self.segments if segment.start <= index][-1]
+        weights = np.array(segment.weights, dtype=np.float64)
         return weights / weights.sum()
 
     def passes(self, stop: int) -> NDArray[np.float64]:
-        """How many times each source has been gone through after `stop` draws: shape `(sources,)`."""
-        return self.counts(stop) / np.array([source.num_rows for source in self.sources], dtype=np.float64)
+        """How many times each source has been gone through after `stop` draws: shape `(sources,)`; NaN for streams."""
+        return self.counts(stop) / np.array([source.num_rows or np.nan for source in self.sources], dtype=np.float64)
+
+    def cursor_before(self, index: int) -> Cursor:
+        """For shares in tokens, the last cursor at or before draw `index`: what a resume computes the order from."""
+        if not isinstance(self._mixture, TokenMixture):
+            raise TypeError("only a plan with unit='tokens' has cursors")
+        return self._mixture.cursor_before(index)
 
     def identity(self) -> dict[str, Any]:
         """All that decides the order, as JSON types: two plans with equal identities draw the same for ever."""
@@ -253,6 +327,7 @@ class SamplePlan:
             "seed": self.seed,
             "window": self.window,
             "epoch": self.epoch,
+            "unit": self.unit,
             "sources": [
                 {"name": s.name, "num_rows": s.num_rows, "order": s.order, "replayed": s.replayed}
                 for s in self.sources
@@ -274,34 +349,26 @@ class SamplePlan:
         if len(self.sources) == 1:
             row = self._rows(0, number)
         else:
-            for k in np.flatnonzero(np.bincount(source, minlength=len(self.sources))):
-                mask = source == k
-                row[mask] = self._rows(int(k), number[mask])
+            grouped = np.argsort(source, kind="stable")
+            ends = np.cumsum(np.bincount(source, minlength=len(self.sources))).tolist()
+            for k, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
+                if first < end:
+                    row[grouped[first:end]] = self._rows(k, number[grouped[first:end]])
         seed = (random_words(self._keys["sample"], index) >> np.uint64(1)).astype(np.int64)
         return Draws(index, source, row, self._phase(index), seed, number)
 
     def _mixed(self, index: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Source and per-source number of the draws `index`, a run of whole windows."""
-        position = self._permuted(index)
-        source = np.empty(len(index), dtype=np.uint8)
-        number = np.empty(len(index), dtype=np.int64)
         if not len(index):
-            return source, number
-        start, stop = int(index[0]), int(index[-1]) + 1
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        for compiled in self._compiled[first:]:
-            if compiled.start >= stop:
-                break
-            # Segments start at window ends, so a window's permutation never crosses one.
-            piece = slice(max(compiled.start - start, 0), None)
-            source[piece], number[piece] = compiled.schedule.look_up(position[piece] - compiled.start)
-            number[piece] += compiled.before[source[piece]]
-        if self.window > 1:
+            return np.zeros(0, dtype=np.uint8), np.zeros(0, dtype=np.int64)
+        start = int(index[0])
+        source, number = self._mixture.look_up(start, int(index[-1]) + 1)
+        if self.window > 1 and len(self.sources) > 1:
+            moved = source[self._permuted(index) - start]
             # The permutation moves sources, not the order within one: its draws are numbered as they come.
-            for k in np.flatnonzero(np.bincount(source, minlength=len(self.sources))):
-                mask = source == k
-                numbers = number[mask]
-                number[mask] = np.arange(int(numbers.min()), int(numbers.min()) + len(numbers))
+            numbered = np.empty_like(number)
+            numbered[np.argsort(moved, kind="stable")] = number[np.argsort(source, kind="stable")]
+            return moved, numbered
         return source, number
 
     def _permuted(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -321,6 +388,8 @@ class SamplePlan:
 
     def _rows(self, k: int, number: NDArray[np.int64]) -> NDArray[np.int64]:
         source = self.sources[k]
+        if source.num_rows is None:
+            return number
         if source.order == "original":
             return number % source.num_rows
         return self._orders[k].rows(number)
@@ -330,9 +399,6 @@ class SamplePlan:
         for k, named in enumerate(self.phases, start=1):
             phase[(index >= named.start) & (index < named.stop)] = k
         return phase
-
-    def _segment_at(self, index: int) -> _CompiledSegment:
-        return self._compiled[int(np.searchsorted(self._starts, index, side="right")) - 1]
 
     @cached_property
     def _keys(self) -> dict[str, int]:
@@ -348,43 +414,28 @@ class SamplePlan:
     def _orders(self) -> list[Any]:
         orders: list[Any] = []
         for source in self.sources:
-            if source.order == "host":
+            if source.num_rows is None:
+                orders.append(None)
+            elif source.order == "host":
                 orders.append(_HostOrder(self.seed, source.num_rows))
             else:
                 orders.append(PassOrder(derive_key(self.seed, "rows", source.name), source.num_rows))
         return orders
 
     @cached_property
-    def _starts(self) -> NDArray[np.int64]:
-        return np.array([segment.start for segment in self.segments], dtype=np.int64)
+    def _mixture(self) -> SampleMixture | TokenMixture:
+        segments = [(segment.start, segment.weights) for segment in self.segments]
+        if self.unit == "samples":
+            return SampleMixture(segments)
+        return TokenMixture(
+            segments, self._lengths, [source.mean_tokens or 0.0 for source in self.sources], self.window, self.cursor
+        )
 
-    @cached_property
-    def _compiled(self) -> list[_CompiledSegment]:
-        compiled: list[_CompiledSegment] = []
-        before = np.zeros(len(self.sources), dtype=np.int64)
-        residual = [0] * len(self.sources)
-        for segment in self.segments:
-            if compiled:
-                last = compiled[-1]
-                length = segment.start - last.start
-                gained = last.schedule.counts(length)
-                before = last.before + gained
-                residual = _carry(residual, gained, last.schedule.weights, length)
-            compiled.append(_CompiledSegment(segment.start, quota_schedule(segment.weights, residual), before))
-        return compiled
-
-
-def _carry(residual: list[int], gained: NDArray[np.int64], weights: tuple[int, ...], length: int) -> list[int]:
-    """How far each source is ahead of its share after `length` draws, in 2^-32 samples, summing to 0."""
-    total = sum(weights)
-    unit = 1 << 32
-    ahead = [
-        old + int(count) * unit - (length * weight * unit + total // 2) // total
-        for old, count, weight in zip(residual, gained, weights, strict=True)
-    ]
-    # Rounding leaves a few units; the largest weight takes them, for which they matter least.
-    ahead[weights.index(max(weights))] -= sum(ahead)
-    return ahead
+    def _lengths(self, k: int, numbers: NDArray[np.int64]) -> NDArray[np.integer]:
+        lengths = self.sources[k].lengths
+        if lengths is None:
+            raise ValueError(f"source {self.sources[k].name!r} has no lengths")
+        return lengths[self._rows(k, numbers)]
 
 
 class _HostOrder:

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from typing import Any, cast
 
 import numpy as np
 
 from hf_pretrain_ext import data
-from hf_pretrain_ext.plan import SamplePlan, Source, integer_weights
+from hf_pretrain_ext.checks import stream_problems
+from hf_pretrain_ext.lengths import run_length
+from hf_pretrain_ext.plan import SamplePlan, Source
+from hf_pretrain_ext.plan.plan import Unit
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
-from hf_pretrain_ext.replay import Mode, ReplayConfig, realised_ratio, with_replay
+from hf_pretrain_ext.replay import Change, Mode, ReplayConfig, realised_ratio, stage_draws, with_replay
+from hf_pretrain_ext.units import to_point
 
 __all__ = ["ReplayCallback"]
 
 
 class ReplayCallback(TrainerPlugin):
-    """Mixes old data into training at an exact ratio: replayed samples ÷ all samples, in every optimizer step.
+    """Mixes old data into training at an exact ratio: what is replayed ÷ all that is read.
 
-    Every step of G samples replays ⌊G·ratio⌋ or ⌈G·ratio⌉ of them, and over the run the count never strays from the
-    ratio by a whole sample. The realised ratio is logged in samples (`replay_ratio`) and in loss-bearing tokens
-    (`replay_ratio_tokens`).
+    With `unit="samples"` every step of G samples replays ⌊G·ratio⌋ or ⌈G·ratio⌉ of them, and over the run the count
+    never strays from the ratio by a whole sample. With `unit="tokens"` the tokens replayed stay within about half a
+    row of their share where row lengths are known (a `datasets.Dataset` with `input_ids`, or a column named by
+    `length_column_name`); where they are not (streams, other datasets) the share is an expected value, from sampled
+    rows, and said to be. What was realised is logged in samples (`replay_ratio`) and in tokens read
+    (`replay_ratio_tokens`), with several sources also by source (`share_<name>`, `share_<name>_tokens`).
 
     Args:
-        dataset (`datasets.Dataset` or a map-style dataset): old data, prepared like the training data: the same
-            columns, the same tokenizer. For an `SFTTrainer`, raw data will do: the trainer prepares it as its own.
+        dataset (dataset or `dict[str, dataset]`): old data, prepared like the training data: the same columns, the
+            same tokenizer. One dataset, or several by name. Map-style, or a stream (`datasets.IterableDataset`), whose
+            rows come in the stream's order. For an `SFTTrainer`, raw data will do: the trainer prepares it as its own.
         ratio (`float`, *optional*, defaults to `0.05`): the recipe of Ibrahim et al. (2024): 5 % for a weak shift
             of domain, 25 % for a strong one.
         mode (`str`, *optional*, defaults to `"equivalent"`): `"equivalent"` keeps the length of the run and sees less
@@ -34,9 +44,15 @@ class ReplayCallback(TrainerPlugin):
             `"additional"` with a larger `per_device_train_batch_size`.
         order (`str`, *optional*, defaults to `"shuffled"`): `"shuffled"`, or `"original"` to replay in the order in
             which the old data was first visited, as Ibrahim et al. do.
+        unit (`str`, *optional*, defaults to `"samples"`): what `ratio` and `weights` are shares of: `"samples"` or
+            `"tokens"`. For blocks of one length the two are the same.
+        weights (`dict[str, float]`, *optional*): with several datasets, the share of each in what is replayed, in any
+            scale. Defaults to their sizes (rows, or tokens with `unit="tokens"`); needed where one is a stream.
+        ratio_changes (`dict`, *optional*): later ratios by the point of the run from which they hold: an int is a
+            step, a float below 1 a fraction of the run, a string says its unit: `{0.5: 0.1, "2B tokens": 0.05}`.
         tokenizer (tokenizer or `str`, *optional*): what the old data was tokenized with, to be compared with the
             trainer's own.
-        allow_no_effect (`bool`, *optional*, defaults to `False`): accept `ratio=0`.
+        allow_no_effect (`bool`, *optional*, defaults to `False`): accept a ratio of 0 all along.
 
     Raises:
         `ValueError`: at construction, settings out of range.
@@ -45,7 +61,9 @@ class ReplayCallback(TrainerPlugin):
     Example:
 
     ```python
-    trainer = Trainer(model=model, args=args, train_dataset=domain, callbacks=[ReplayCallback(general, ratio=0.25)])
+    trainer = Trainer(model=model, args=args, train_dataset=domain, callbacks=[
+        ReplayCallback({"wiki": wiki, "code": code}, ratio=0.25, weights={"wiki": 3, "code": 1}),
+    ])
     extend(trainer).train()
     ```
     """
@@ -61,62 +79,103 @@ class ReplayCallback(TrainerPlugin):
         mode: str = "equivalent",
         order: str = "shuffled",
         *,
+        unit: str = "samples",
+        weights: Mapping[str, float] | None = None,
+        ratio_changes: Mapping[int | float | str, float] | None = None,
         tokenizer: Any = None,
         allow_no_effect: bool = False,
     ):
-        self.config = ReplayConfig(ratio=ratio, mode=cast(Mode, mode), order=cast(Any, order))
-        self.dataset = dataset
+        self.config = ReplayConfig(
+            ratio=ratio,
+            mode=cast(Mode, mode),
+            order=cast(Any, order),
+            unit=cast(Unit, unit),
+            weights=dict(weights) if weights else None,
+            ratio_changes={str(point): later for point, later in ratio_changes.items()} if ratio_changes else None,
+        )
+        for point in self.config.ratio_changes or {}:
+            if to_point(point, "ratio_changes", tokens_per_step=1) == (0, 0):
+                raise ValueError(f"ratio_changes must hold points after the start, got {point!r}: that is `ratio`")
+        self.datasets = _named(dataset)
+        if self.config.weights and set(self.config.weights) != set(self.datasets):
+            raise ValueError(
+                f"weights must name the datasets {sorted(self.datasets)}, got {sorted(self.config.weights)}"
+            )
         self.tokenizer = tokenizer
         self.allow_no_effect = allow_no_effect
-        self._prepared: Any = None
+        self._prepared: dict[str, Any] = {}
         self._prepared_for: Any = None
+        self._lengths: list[tuple[Any, Any, float | None]] = []
 
     def settings(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config)
 
+    # Checks
+
     def check(self, setup: Setup) -> Iterable[Problem]:
-        ratio = self.config.ratio
+        ratio = self.config.largest_ratio
         if ratio == 0 and not self.allow_no_effect:
             yield Problem(self.name, "would change nothing with ratio=0", "Raise it, or pass allow_no_effect=True.")
-        kept = integer_weights([1 - ratio, ratio])[1] / sum(integer_weights([1 - ratio, ratio])) if ratio else 0
-        if abs(kept - ratio) > 1e-3 * ratio:
-            yield Problem(
-                self.name,
-                f"ratio={ratio:g} is rounded to {kept:g}, a multiple of 1/65536",
-                "Use a larger ratio if that is too coarse.",
-                level="note",
-            )
-        sized = hasattr(self.dataset, "__len__") and hasattr(self.dataset, "__getitem__")
-        if not data.is_map_style(self.dataset) and not (sized and len(self.dataset) == 0):
-            yield Problem(
-                self.name,
-                f"the replay data is a {type(self.dataset).__name__}, whose rows cannot be looked up by number",
-                "Use a map-style dataset (`datasets.Dataset`); of a DatasetDict, one split.",
-            )
-            return
-        if len(self.dataset) == 0:
-            yield Problem(self.name, "the replay data is empty", "Pass old data, or leave the callback out.")
-            return
-        if not data.is_map_style(setup.train_dataset):
-            return  # said by the checks of the plan
-        if len(self._data(setup)) == 0:
-            yield Problem(
-                self.name, "nothing is left of the replay data once the trainer prepared it", "Pass longer texts."
-            )
-            return
-        yield from self._check_rows(setup)
-        yield from self._check_amount(setup)
+        fit = True
+        for name, dataset in self.datasets.items():
+            for problem in self._check_kind(name, dataset):
+                fit = False
+                yield problem
+        if fit and (data.is_map_style(setup.train_dataset) or data.is_stream(setup.train_dataset)):
+            for name, prepared in self._data(setup).items():
+                if data.is_stream(prepared) or len(prepared):
+                    found = list(self._check_rows(setup, name, prepared))
+                    fit = fit and not any(problem.level == "error" for problem in found)
+                    yield from found
+                else:
+                    fit = False
+                    yield Problem(
+                        self.name,
+                        f"nothing is left of {self._what(name)} once the trainer prepared it",
+                        "Pass longer texts.",
+                    )
+            if fit:
+                yield from self._check_plan(setup)
 
-    def _check_rows(self, setup: Setup) -> Iterable[Problem]:
+    def _what(self, name: str) -> str:
+        return "the replay data" if name == self.name else f"the replay data {name!r}"
+
+    def _check_kind(self, name: str, dataset: Any) -> Iterable[Problem]:
+        what = self._what(name)
+        if name == "train":
+            yield Problem(self.name, "a source is named 'train', as the new data is", "Give it another name.")
+        if data.is_stream(dataset):
+            for message, fix in stream_problems(dataset):
+                yield Problem(self.name, f"{what} {message}", fix)
+            return
+        if (
+            not hasattr(dataset, "__len__")
+            or not hasattr(dataset, "__getitem__")
+            or isinstance(dataset, Mapping | str)
+        ):
+            yield Problem(
+                self.name,
+                f"{what} is a {type(dataset).__name__}, whose rows cannot be looked up by number",
+                "Use a `datasets.Dataset` or a stream; of a DatasetDict, one split.",
+            )
+        elif len(dataset) == 0:
+            yield Problem(self.name, f"{what} is empty", "Pass old data, or leave it out.")
+
+    def _check_rows(self, setup: Setup, name: str, prepared: Any) -> Iterable[Problem]:
+        what = self._what(name)
+        looked_at = [setup.sample(prepared), setup.sample(setup.train_dataset)]
+        if not all(len(rows) for rows in looked_at):
+            yield Problem(self.name, f"{what} or the training data is a stream without rows", "Pass one with rows.")
+            return
         try:
-            (ours, theirs), collate = setup.stripped([self._prepared, setup.train_dataset])
+            (ours, theirs), collate = setup.stripped(looked_at)
         except ValueError as error:
-            yield Problem(self.name, f"the replay data cannot be used: {error}", "Tokenize it like the training data.")
+            yield Problem(self.name, f"{what} cannot be used: {error}", "Tokenize it like the training data.")
             return
         if data.columns(ours) != data.columns(theirs):
             yield Problem(
                 self.name,
-                f"the replay data has the columns {sorted(data.columns(ours))}, the training data "
+                f"{what} has the columns {sorted(data.columns(ours))}, the training data "
                 f"{sorted(data.columns(theirs))}",
                 "Prepare both in the same way.",
             )
@@ -126,7 +185,7 @@ class ReplayCallback(TrainerPlugin):
         if found and vocabulary and (found[0] < 0 or found[1] >= vocabulary):
             yield Problem(
                 self.name,
-                f"the replay data holds token ids {found[0]}..{found[1]}, but the model has {vocabulary} embeddings",
+                f"{what} holds token ids {found[0]}..{found[1]}, but the model has {vocabulary} embeddings",
                 "Tokenize it with the model's own tokenizer.",
             )
             return
@@ -134,7 +193,7 @@ class ReplayCallback(TrainerPlugin):
             if data.tokenizer_fingerprint(self.tokenizer) != data.tokenizer_fingerprint(setup.processing_class):
                 yield Problem(
                     self.name,
-                    "the replay data was made by another tokenizer than the trainer's processing_class",
+                    f"{what} was made by another tokenizer than the trainer's processing_class",
                     "Tokenize it again with the trainer's own.",
                 )
         new_rows = data.token_rows(theirs, data.sample_rows(len(theirs)))
@@ -152,63 +211,165 @@ class ReplayCallback(TrainerPlugin):
                 )
                 return
             ratio = float(np.mean([len(r) for r in rows]) / np.mean([len(r) for r in new_rows]))
-            if not 0.8 <= ratio <= 1.25:
+            if self.config.unit == "samples" and not 0.8 <= ratio <= 1.25:
                 yield Problem(
                     self.name,
-                    f"replayed rows have {old_lengths} tokens, new rows {new_lengths}: a ratio of "
+                    f"rows of {what} have {old_lengths} tokens, new rows {new_lengths}: a ratio of "
                     f"{self.config.ratio:g} in samples is about "
                     f"{self.config.ratio * ratio / (self.config.ratio * ratio + 1 - self.config.ratio):.3g} in tokens",
-                    "Use blocks of one length if the share in tokens matters.",
+                    "Pass unit='tokens' if the share in tokens matters.",
                     level="note",
                 )
 
-    def _check_amount(self, setup: Setup) -> Iterable[Problem]:
-        if self.config.mode == "additional" and setup.args.max_steps > 0:
+    def _check_plan(self, setup: Setup) -> Iterable[Problem]:
+        """The plan as it will be, and what is to be known about it."""
+        config = self.config
+        missing = [name for name, dataset in self._data(setup).items() if data.is_stream(dataset)]
+        if len(self.datasets) > 1 and not config.weights and missing:
+            yield Problem(
+                self.name, f"the size of the stream {missing[0]!r} is not known", "Pass `weights` for all datasets."
+            )
+            return
+        try:
+            plan = self.wrap_plan(setup.new_plan(), setup)
+        except ValueError as error:
+            yield Problem(self.name, str(error), "Change that setting.")
+            return
+        if config.unit == "tokens" and plan.unit == "samples" and len({s.mean_tokens for s in plan.sources}) > 1:
+            unknown = ", ".join(source.name for source in plan.sources if source.lengths is None)
+            yield Problem(
+                self.name,
+                f"row lengths of {unknown} are not known, so the share in tokens is an expected value, from the mean "
+                f"of sampled rows ({', '.join(f'{s.name} {s.mean_tokens:,.0f}' for s in plan.sources)})",
+                "Use `datasets.Dataset` with input_ids for an exact one; what is realised is logged.",
+                level="note",
+            )
+        if config.mode == "additional" and setup.args.max_steps > 0:
             yield Problem(
                 self.name,
                 f"mode='additional' lengthens an epoch, but max_steps={setup.args.max_steps} fixes the run",
-                f"Use num_train_epochs, or set max_steps to {round(setup.args.max_steps / (1 - self.config.ratio))} "
+                f"Use num_train_epochs, or set max_steps to {round(setup.args.max_steps / (1 - config.ratio))} "
                 "to see as much new data as without replay.",
                 level="note",
             )
-        if setup.total_steps is None:
-            return
-        samples = setup.total_steps * setup.global_batch
-        if self.config.mode == "additional" and setup.args.max_steps <= 0:
-            samples = round(samples / (1 - self.config.ratio))
-        needed = self.config.ratio * samples
-        if needed > len(self._prepared):
-            yield Problem(
-                self.name,
-                f"the replay data is too small for its share: {len(self._prepared):,} rows for {needed:,.0f} samples, "
-                f"{needed / len(self._prepared):.1f} passes",
-                "Pass more old data if you have it; a few passes are common.",
-                level="note",
-            )
+        yield from self._check_amounts(setup, plan)
 
-    def _data(self, setup: Setup) -> Any:
-        if self._prepared is None or self._prepared_for is not setup.trainer:
-            self._prepared, self._prepared_for = setup.prepare(self.dataset, "replay"), setup.trainer
+    def _check_amounts(self, setup: Setup, plan: SamplePlan) -> Iterable[Problem]:
+        ratios = [self.config.ratio, *(self.config.ratio_changes or {}).values()]
+        kept = [sum(segment.weights[-len(self.datasets) :]) / sum(segment.weights) for segment in plan.segments]
+        # Expected shares in tokens are other numbers in samples, and other plug-ins may add segments.
+        comparable = plan.unit == self.config.unit and len(kept) == len(ratios)
+        for ratio, realised in zip(ratios, kept, strict=True) if comparable else ():
+            if abs(realised - ratio) > 1e-3 * ratio:
+                yield Problem(
+                    self.name,
+                    f"ratio={ratio:g} is rounded to {realised:g}, a multiple of 1/65536",
+                    "Use a larger ratio if that is too coarse.",
+                    level="note",
+                )
+        draws = run_length(setup.args, plan.epoch, setup.global_batch)[1] * setup.global_batch
+        needed = plan.expected_counts(draws)
+        for k, source in enumerate(plan.sources):
+            if source.replayed and source.num_rows is not None and needed[k] > source.num_rows:
+                yield Problem(
+                    self.name,
+                    f"{self._what(source.name)} is too small for its share: {source.num_rows:,} rows for "
+                    f"{needed[k]:,.0f} samples, {needed[k] / source.num_rows:.1f} passes",
+                    "Pass more old data if you have it; a few passes are common.",
+                    level="note",
+                )
+
+    # The plan
+
+    def _data(self, setup: Setup) -> dict[str, Any]:
+        if not self._prepared or self._prepared_for is not setup.trainer:
+            self._prepared = {name: setup.prepare(dataset, name) for name, dataset in self.datasets.items()}
+            self._prepared_for = setup.trainer
         return self._prepared
 
     def training_data(self, setup: Setup) -> dict[str, Any]:
-        return {"replay": self._data(setup)} if data.is_map_style(self.dataset) else {}
+        fit = all(data.is_map_style(dataset) or data.is_stream(dataset) for dataset in self.datasets.values())
+        return self._data(setup) if fit else {}
 
-    def wrap_plan(self, plan: SamplePlan) -> SamplePlan:
-        source = Source("replay", len(self._prepared), order=self.config.order, replayed=True, dataset=self._prepared)
-        return with_replay(plan, source, self.config.ratio, self.config.mode)
+    def wrap_plan(self, plan: SamplePlan, setup: Setup) -> SamplePlan:
+        config, args, new = self.config, setup.args, plan.sources[0]
+        sources = [
+            Source(
+                name,
+                None if data.is_stream(dataset) else len(dataset),
+                order=config.order,
+                replayed=True,
+                dataset=dataset,
+            )
+            for name, dataset in self._data(setup).items()
+        ]
+        if config.unit == "tokens":
+            sources = [self._with_lengths(source, setup) for source in sources]
+            plan = dataclasses.replace(plan, sources=tuple(self._with_lengths(s, setup) for s in plan.sources))
+            new = plan.sources[0]
+        weights = self._weights(sources)
+        changes = self._changes(setup)
+        epoch = plan.epoch
+        if new.num_rows is not None:
+            # A run of max_steps is as long as it is; what an epoch is in it follows from the first ratio.
+            fixed = args.max_steps > 0
+            epochs = Fraction(1) if fixed else Fraction(repr(float(args.num_train_epochs)))
+            stage = changes[:1] if fixed else changes
+            draws = stage_draws(new, sources, weights, stage, config.mode, config.unit, epochs) / epochs
+            epoch = -(-draws.numerator // draws.denominator)
+        steps = run_length(args, epoch, setup.global_batch)[1]
+        return with_replay(plan, sources, weights, _starts(changes, steps, setup.global_batch), epoch, config.unit)
+
+    def _with_lengths(self, source: Source, setup: Setup) -> Source:
+        """The source with what can be known about the lengths of its rows."""
+        for dataset, lengths, mean in self._lengths:
+            if dataset is source.dataset:
+                return dataclasses.replace(source, lengths=lengths, mean_tokens=mean)
+        lengths = None
+        if not data.is_stream(source.dataset):
+            lengths = data.row_lengths(source.dataset, getattr(setup.args, "length_column_name", None))
+        mean = data.mean_tokens(setup.sample(source.dataset)) if lengths is None else None
+        self._lengths.append((source.dataset, lengths, mean))
+        return dataclasses.replace(source, lengths=lengths, mean_tokens=mean)
+
+    def _weights(self, sources: list[Source]) -> list[float]:
+        if self.config.weights:
+            return [self.config.weights[source.name] for source in sources]
+        if len(sources) == 1:
+            return [1.0]
+        mean = [source.mean_tokens or 1.0 if self.config.unit == "tokens" else 1.0 for source in sources]
+        return [float(source.num_rows or 0) * tokens for source, tokens in zip(sources, mean, strict=True)]
+
+    def _changes(self, setup: Setup) -> list[Change]:
+        changes = [Change(self.config.ratio)]
+        for point, ratio in (self.config.ratio_changes or {}).items():
+            per_step = setup.tokens_per_step if "token" in point else None
+            steps, fraction = to_point(point, "ratio_changes", per_step)
+            changes.append(Change(ratio, steps * setup.global_batch, fraction))
+        return changes
 
     def describe(self) -> list[str]:
         if self.run is None or self.run.plan is None:
             return []
         run, plan = self.run, self.run.plan
         end = run.total_steps * run.global_batch
-        k = [source.name for source in plan.sources].index("replay")
-        counts, passes = plan.counts(end), plan.passes(end)
-        return [
-            f"replay: {counts[k]:,} of {end:,} samples ({counts[k] / max(end, 1):.2%}), "
-            f"{passes[k]:.2f} passes over {plan.sources[k].num_rows:,} old rows"
+        counts = plan.expected_counts(end)
+        old = [k for k, source in enumerate(plan.sources) if source.replayed]
+        replayed = sum(counts[k] for k in old)
+        lines = [
+            f"replay: {_about(replayed)} of {end:,} samples ({replayed / max(end, 1):.2%})"
+            + ("" if len(old) > 1 else f", {_passes(plan.sources[old[0]], counts[old[0]])}")
         ]
+        if len(old) > 1:
+            lines += [
+                f"replay: {plan.sources[k].name} {_about(counts[k])} samples, {_passes(plan.sources[k], counts[k])}"
+                for k in old
+            ]
+        ratios = [f"{self.config.ratio:g}", *(f"{r:g} from {p}" for p, r in (self.config.ratio_changes or {}).items())]
+        if len(ratios) > 1 or self.config.unit == "tokens":
+            exact = "" if self.config.unit == "samples" or plan.unit == "tokens" else " (expected)"
+            lines.append(f"replay: ratio {', '.join(ratios)} in {self.config.unit}{exact}")
+        return lines
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._log_ratio(control)
@@ -219,6 +380,41 @@ class ReplayCallback(TrainerPlugin):
     def _log_ratio(self, control: Any) -> None:
         if self.run is not None and control.should_log:
             self.run.log(realised_ratio(self.run.realised()))
+
+
+def _named(dataset: Any) -> dict[str, Any]:
+    """Sources by name; what `datasets` calls a DatasetDict is refused later, with the other data that does not fit."""
+    from datasets import DatasetDict, IterableDatasetDict
+
+    if isinstance(dataset, Mapping) and not isinstance(dataset, DatasetDict | IterableDatasetDict):
+        if not dataset or not all(isinstance(name, str) and name for name in dataset):
+            raise ValueError(f"dataset must hold at least one dataset, by names that are strings, got {list(dataset)}")
+        return dict(dataset)
+    return {ReplayCallback.name: dataset}
+
+
+def _starts(changes: list[Change], steps: int, global_batch: int) -> list[tuple[int, float]]:
+    """Start draw and ratio of every change, on whole steps of a run of `steps` steps."""
+    starts: list[tuple[int, float]] = []
+    for number, change in enumerate(changes):
+        step = change.draws // global_batch + math.floor(change.fraction * steps + Fraction(1, 2))
+        if number and not starts[-1][0] < step * global_batch < steps * global_batch:
+            raise ValueError(
+                f"ratio_changes: the ratio of {change.ratio:g} would start at step {step}, but points must rise and "
+                f"lie between step {starts[-1][0] // global_batch} and the run's end at step {steps}"
+            )
+        starts.append((step * global_batch, change.ratio))
+    return starts
+
+
+def _about(count: float) -> str:
+    return f"{count:,.0f}" if float(count).is_integer() else f"about {count:,.0f}"
+
+
+def _passes(source: Source, count: float) -> str:
+    if source.num_rows is None:
+        return "from a stream"
+    return f"{count / source.num_rows:.2f} passes over {source.num_rows:,} old rows"
 
 
 def _lengths(rows: list[Any]) -> str:

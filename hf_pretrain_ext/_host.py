@@ -17,13 +17,17 @@ Called or read here:
     Trainer._get_output_dir            where a checkpoint goes, during a hyper-parameter search too
     Trainer._train_batch_size          samples a rank and micro-batch, DataParallel included
     SFTTrainer._prepare_dataset, ._formatting_func, ._skip_prepare_dataset       how TRL prepares a dataset
+Of torch and datasets (`tests/test_streams.py`):
+    _worker_info of torch's data workers         streams split themselves by it, and the plan needs each of them whole
+    _distributed of datasets.IterableDataset     whether a stream was split over ranks before we saw it
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
@@ -38,7 +42,9 @@ __all__ = [
     "restore_log_sums",
     "shifts_labels",
     "strip_columns",
+    "split_over_ranks",
     "train_batch_size",
+    "whole_stream",
 ]
 
 PRIVATE = {
@@ -118,7 +124,7 @@ def prepare_dataset(trainer: Any, dataset: Any, name: str, training: bool) -> An
     trl = sys.modules.get("trl")
     if trl is None or not isinstance(trainer, trl.SFTTrainer) or trainer._skip_prepare_dataset:
         return dataset
-    if not isinstance(dataset, hf_datasets.Dataset):
+    if not isinstance(dataset, hf_datasets.Dataset | hf_datasets.IterableDataset):
         return dataset
     args = trainer.args
     packing = args.packing if training or args.eval_packing is None else args.eval_packing
@@ -133,3 +139,21 @@ def embeddings(model: Any) -> int | None:
         return None
     number = getattr(table, "num_embeddings", None)
     return int(number) if number else getattr(getattr(model, "config", None), "vocab_size", None)
+
+
+@contextmanager
+def whole_stream() -> Iterator[None]:
+    """Inside, a stream does not see that it is read by a worker, so it does not keep to that worker's part."""
+    from torch.utils.data._utils import worker
+
+    kept = worker._worker_info
+    worker._worker_info = None
+    try:
+        yield
+    finally:
+        worker._worker_info = kept
+
+
+def split_over_ranks(stream: Any) -> bool:
+    """Whether `split_dataset_by_node` was applied to a stream: then no rank sees all of it."""
+    return getattr(stream, "_distributed", None) is not None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hf_pretrain_ext import _host
+from hf_pretrain_ext.data import is_stream
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin, overrides
 
-__all__ = ["find_problems", "in_order"]
+__all__ = ["find_problems", "in_order", "stream_problems"]
 
 _OWNED = {"schedule": "the learning-rate schedule", "optimizer": "the optimizer"}
 
@@ -147,8 +148,6 @@ def _owner_names(plugins: Sequence[TrainerPlugin], method: str) -> str:
 
 
 def _plan_problems(who: str, trainer: Any, args: Any) -> list[Problem]:
-    from torch.utils.data import IterableDataset
-
     problems = []
 
     def add(message: str, fix: str) -> None:
@@ -157,10 +156,15 @@ def _plan_problems(who: str, trainer: Any, args: Any) -> list[Problem]:
     dataset = trainer.train_dataset
     if dataset is None:
         add("the Trainer has no train_dataset", "Pass `train_dataset=` to the Trainer.")
-    elif isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    elif is_stream(dataset):
+        for message, fix in stream_problems(dataset):
+            add(f"the train_dataset {message}", fix)
+        if args.max_steps <= 0:
+            add("the train_dataset is a stream, whose length nobody knows", "Set `max_steps`.")
+    elif not hasattr(dataset, "__len__"):
         add(
-            f"the train_dataset is a stream ({type(dataset).__name__}), whose rows cannot be looked up by number",
-            "Use a map-style dataset (`datasets.Dataset`).",
+            f"the train_dataset is a {type(dataset).__name__}, neither map-style nor a stream",
+            "Use a `datasets.Dataset` or `datasets.IterableDataset`.",
         )
     elif len(dataset) == 0:
         add("the train_dataset is empty", "Pass a dataset with at least one row.")
@@ -176,3 +180,22 @@ def _plan_problems(who: str, trainer: Any, args: Any) -> list[Problem]:
     if getattr(accelerator_config, "dispatch_batches", None):
         add("accelerator_config.dispatch_batches=True reads all data on one rank", "Leave it at None.")
     return problems
+
+
+def stream_problems(stream: Any) -> list[tuple[str, str]]:
+    """Why a stream cannot be a source of a plan, with what to do."""
+    if isinstance(stream, Iterator):
+        return [
+            (
+                f"is a {type(stream).__name__}, which can be read only once",
+                "Pass something that starts anew at every `iter`, such as a `datasets.IterableDataset`.",
+            )
+        ]
+    if _host.split_over_ranks(stream):
+        return [
+            (
+                "was split over ranks (`split_dataset_by_node`)",
+                "Pass the whole stream: the sample plan gives every rank its own rows.",
+            )
+        ]
+    return []

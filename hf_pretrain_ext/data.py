@@ -17,9 +17,11 @@ __all__ = [
     "fingerprint",
     "id_range",
     "is_map_style",
+    "is_stream",
     "mean_tokens",
     "ngram_hashes",
     "overlap",
+    "row_lengths",
     "sample_rows",
     "token_rows",
     "tokenizer_fingerprint",
@@ -36,6 +38,15 @@ def is_map_style(dataset: Any) -> bool:
     if isinstance(dataset, IterableDataset | Mapping):
         return False
     return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset) > 0
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether `dataset` can be read from its start again and again, but has no rows by number."""
+    from torch.utils.data import IterableDataset
+
+    if isinstance(dataset, IterableDataset):
+        return True
+    return hasattr(dataset, "__iter__") and not isinstance(dataset, Mapping | str) and not hasattr(dataset, "__len__")
 
 
 def columns(dataset: Any) -> set[str]:
@@ -89,6 +100,41 @@ def mean_tokens(dataset: Any) -> float | None:
     """
     rows = token_rows(dataset, sample_rows(len(dataset))) if "input_ids" in columns(dataset) else []
     return float(np.mean([len(row) for row in rows])) if rows else None
+
+
+def row_lengths(dataset: Any, column: str | None = None) -> NDArray[np.int32] | None:
+    """Tokens of every row of a map-style dataset, or None where that would mean reading all of its rows.
+
+    A column `column` with the lengths is taken as it is; else the lengths of `input_ids` are read off the Arrow
+    offsets of a `datasets.Dataset`, without touching the ids.
+
+    Example:
+
+    >>> from datasets import Dataset
+    >>> row_lengths(Dataset.from_dict({"input_ids": [[1, 2], [3], []]})).tolist()
+    [2, 1, 0]
+    """
+    if not hasattr(dataset, "with_format"):
+        return None
+    names = columns(dataset)
+    chosen = column if column in names else "input_ids"
+    if chosen not in names:
+        return None
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    parts = [np.zeros(0, dtype=np.int32)]
+    for table in dataset.select_columns([chosen]).with_format("arrow").iter(batch_size=1 << 16):
+        values = table[chosen].combine_chunks()
+        if pa.types.is_fixed_size_list(values.type):
+            parts.append(np.full(len(values), values.type.list_size, dtype=np.int32))
+        elif chosen == column:
+            parts.append(np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.int32))
+        elif pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+            parts.append(np.asarray(pc.fill_null(pc.list_value_length(values), 0), dtype=np.int32))
+        else:
+            return None
+    return np.concatenate(parts)
 
 
 def fingerprint(dataset: Any, size: int = 64) -> str:

@@ -8,29 +8,56 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import BatchSampler, Dataset
 
-from hf_pretrain_ext.plan import Draws, SamplePlan
+from hf_pretrain_ext.plan import Draws, SamplePlan, Segment
 from hf_pretrain_ext.plan.counter import derive_key
 from hf_pretrain_ext.rng import rng_guard
+from hf_pretrain_ext.streams import StreamMark, StreamReader
 
-__all__ = ["COUNTS", "DrawnFeatures", "PlanBatchSampler", "PlanCollator", "PlanDataset", "loss_tokens", "private_copy"]
+__all__ = [
+    "COUNTS",
+    "MARKS",
+    "DrawnFeatures",
+    "PlanBatchSampler",
+    "PlanCollator",
+    "PlanDataset",
+    "Span",
+    "loss_tokens",
+    "private_copy",
+]
 
 COUNTS = "hf_pretrain_ext_counts"
-"""Key of the counts in a batch: int64 `(sources, 3)`: samples, loss-bearing tokens, samples of unknown tokens."""
+"""Key of the counts in a batch: int64 `(sources, 5)`: samples; tokens, samples whose tokens are not known;
+loss-bearing tokens, samples whose loss-bearing tokens are not known."""
+MARKS = "hf_pretrain_ext_marks"
+"""Key in a batch of where its streams stand after it: `StreamMark` by source name."""
 
 
 class DrawnFeatures(list[Any]):
-    """The features of a micro-batch; `draws` says which draw of the plan each of them is."""
+    """The features of a micro-batch; `draws` says which draw of the plan each is, `marks` where its streams stand."""
 
-    def __init__(self, features: Sequence[Any], draws: Draws):
+    def __init__(self, features: Sequence[Any], draws: Draws, marks: dict[str, StreamMark] | None = None):
         super().__init__(features)
         self.draws = draws
+        self.marks = marks or {}
+
+
+@dataclass(frozen=True)
+class Span:
+    """A micro-batch by its indices, with the segments that were added to the plan while it ran."""
+
+    indices: range
+    segments: tuple[Segment, ...]
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
 
 class PlanDataset(Dataset[Any]):
@@ -38,14 +65,25 @@ class PlanDataset(Dataset[Any]):
 
     Args:
         plan ([`SamplePlan`]): what is seen when.
-        datasets (`Sequence`): one map-style dataset a source.
+        datasets (`Sequence`): one dataset a source: map-style, or a stream where the source has no `num_rows`.
+        marks (`dict[str, StreamMark]`, *optional*): where streams go on, by source name.
     """
 
-    def __init__(self, plan: SamplePlan, datasets: Sequence[Any]):
+    def __init__(self, plan: SamplePlan, datasets: Sequence[Any], marks: Mapping[str, StreamMark] | None = None):
         # Workers get the rows once: through `datasets`, stripped of unused columns, and not with the plan again.
         bare = tuple(dataclasses.replace(source, dataset=None) for source in plan.sources)
         self.plan = dataclasses.replace(plan, sources=bare)
         self.datasets = list(datasets)
+        self.readers: dict[int, StreamReader] = {}
+        for k, source in enumerate(plan.sources):
+            if source.num_rows is None:
+                mark = (marks or {}).get(source.name)
+                self.readers[k] = StreamReader(datasets[k], source.name, plan.seed, mark)
+
+    def go_on_from(self, marks: Mapping[str, StreamMark]) -> None:
+        """For workers that start at a new epoch: where streams that were read in other processes stand."""
+        for reader in self.readers.values():
+            reader.go_on_from(marks.get(reader.name))
 
     def __len__(self) -> int:
         return self.plan.epoch
@@ -53,16 +91,22 @@ class PlanDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         return self.__getitems__(range(index, index + 1))[0]
 
-    def __getitems__(self, indices: range) -> DrawnFeatures:
+    def __getitems__(self, indices: range | Span) -> DrawnFeatures:
+        if isinstance(indices, Span):
+            if indices.segments != self.plan.segments:
+                self.plan = self.plan.with_segments(indices.segments)
+            indices = indices.indices
         draws = self.plan.draws(indices.start, indices.stop)
         features: list[Any] = [None] * len(draws)
         # Transforms that draw at random draw by position, as random collators do.
         with rng_guard(int(draws.seed[0])):
-            for k in np.unique(draws.source):
+            for k in np.unique(draws.source).tolist():
                 places = np.flatnonzero(draws.source == k)
-                for place, item in zip(places, _rows(self.datasets[k], draws.row[places].tolist()), strict=True):
+                rows = draws.row[places].tolist()
+                read = self.readers[k].rows(rows) if k in self.readers else _rows(self.datasets[k], rows)
+                for place, item in zip(places, read, strict=True):
                     features[place] = item
-        return DrawnFeatures(features, draws)
+        return DrawnFeatures(features, draws, {reader.name: reader.mark() for reader in self.readers.values()})
 
 
 def _rows(dataset: Any, rows: list[int]) -> Any:
@@ -79,9 +123,15 @@ class PlanBatchSampler(BatchSampler):
         batch_size (`int`): B, samples a rank and micro-batch.
         batches (`int`): ranges an epoch, over all ranks; a multiple of R·A.
         start (`Callable[[], int]`): the global index at which the epoch about to be iterated begins.
+        segments (`tuple[Segment, ...]`, *optional*): of a plan whose mixture may change while it runs. Set anew, they
+            reach the workers with the next batch that is handed out; `handed_out` is where that begins.
     """
 
-    def __init__(self, batch_size: int, batches: int, start: Callable[[], int]):
+    def __init__(
+        self, batch_size: int, batches: int, start: Callable[[], int], segments: tuple[Segment, ...] | None = None
+    ):
+        self.segments = segments
+        self.handed_out = 0
         self.batch_size = batch_size
         # Every batch is whole, so the host's sharding need not loop back to the epoch's first samples.
         self.drop_last = True
@@ -95,7 +145,13 @@ class PlanBatchSampler(BatchSampler):
         first, size = self.start(), self.batch_size
         starts = range(first, first + self.batches * size, size)
         # A map of a built-in over ranges: the host skips to step 1,000,000 by taking a million of these.
-        return map(range, starts, range(first + size, first + (self.batches + 1) * size, size))
+        ranges = map(range, starts, range(first + size, first + (self.batches + 1) * size, size))
+        return ranges if self.segments is None else self._with_segments(ranges)
+
+    def _with_segments(self, ranges: Iterable[range]) -> Iterator[Any]:
+        for indices in ranges:
+            self.handed_out = indices.stop
+            yield Span(indices, self.segments or ())
 
 
 class PlanCollator:
@@ -120,7 +176,7 @@ class PlanCollator:
     def __call__(self, features: list[Any]) -> Any:
         if not isinstance(features, DrawnFeatures):
             raise TypeError(f"a plan's collator takes the features that a PlanDataset returns, got {type(features)}")
-        draws = features.draws
+        draws, marks = features.draws, features.marks
         lengths = [_length(feature) for feature in features]
         seed = int(draws.seed[0])
         with rng_guard(seed):
@@ -129,14 +185,20 @@ class PlanCollator:
         if not isinstance(batch, Mapping):
             return batch
         self._check_ids(batch.get("input_ids"), draws)
-        counts = np.zeros((len(self.sources), 3), dtype=np.int64)
+        counts = np.zeros((len(self.sources), 5), dtype=np.int64)
         np.add.at(counts[:, 0], draws.source, 1)
-        tokens = loss_tokens(batch, lengths, self.shifts_labels)
-        if tokens is None:
-            counts[:, 2] = counts[:, 0]
+        read = np.array([-1 if length is None else length for length in lengths])
+        np.add.at(counts[:, 1], draws.source, np.maximum(read, 0))
+        np.add.at(counts[:, 2], draws.source, read < 0)
+        bearing = loss_tokens(batch, lengths, self.shifts_labels)
+        if bearing is None:
+            counts[:, 4] = counts[:, 0]
         else:
-            np.add.at(counts[:, 1], draws.source, tokens)
-        batch[COUNTS] = torch.from_numpy(counts)  # type: ignore[index]  # collators return dicts or UserDicts
+            np.add.at(counts[:, 3], draws.source, bearing)
+        added: dict[str, Any] = {COUNTS: torch.from_numpy(counts)}
+        if marks:
+            added[MARKS] = marks
+        batch.update(added)  # type: ignore[attr-defined]  # collators return dicts or UserDicts
         return batch
 
     def _check_ids(self, ids: Any, draws: Draws) -> None:

@@ -4,7 +4,7 @@ A plug-in overrides what it needs and nothing else; what it overrides is what it
 
     check(setup)              pure look at the run before anything is touched: yield a `Problem` for all that is wrong
     wrap_model(model)         the model, before a checkpoint is loaded into it and before the optimizer sees it
-    wrap_plan(plan)           the sample plan: which row of which source is sample i
+    wrap_plan(plan, setup)    the sample plan: which row of which source is sample i
     wrap_collator(collator)   the collator; its features carry `features.draws` when a plan is in force
     optimizer(model, args)    the optimizer (one owner)
     wrap_optimizer(optimizer) the optimizer that came out
@@ -16,6 +16,7 @@ A plug-in overrides what it needs and nothing else; what it overrides is what it
     begin()                   called once a `train()`, before state is loaded and before the first event
     eval_metrics()            metrics that stand in the host's evaluations
     describe()                lines about what this run will do, for the terminal, trace and card
+    marks(total_steps)        the steps at which it acts (probes, say), for preview and report
     state() / load_state()    the few numbers that its behaviour depends on, beyond settings, seed and step
 
 Inside a run `self.run` (a `PluginRun`) is what a plug-in may use of its host: the plan, `log`, `trace`, `say`.
@@ -27,18 +28,26 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import datasets as hf_datasets
+import pyarrow as pa
 from transformers import TrainerCallback
 
 from hf_pretrain_ext import _host
-from hf_pretrain_ext.data import is_map_style, mean_tokens
+from hf_pretrain_ext.data import is_stream, mean_tokens
+from hf_pretrain_ext.lengths import window_for
 from hf_pretrain_ext.loader import private_copy
+from hf_pretrain_ext.plan import SamplePlan, Source
+from hf_pretrain_ext.streams import first_rows
 
 if TYPE_CHECKING:
-    from hf_pretrain_ext.plan import SamplePlan
     from hf_pretrain_ext.run import PluginRun
     from hf_pretrain_ext.schedules import LRSchedule
+    from hf_pretrain_ext.trainer import PlanConfig
 
 __all__ = ["PluginError", "Problem", "Setup", "TrainerPlugin", "overrides"]
+
+STREAM_SAMPLE = 64
+"""Rows of a stream that a check looks at."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,7 @@ class Setup:
     global_batch: int
     total_steps: int | None
     given_optimizer: bool
+    plan_config: PlanConfig
 
     @property
     def args(self) -> Any:
@@ -100,9 +110,29 @@ class Setup:
     @property
     def tokens_per_step(self) -> float | None:
         """Tokens an optimizer step, from the mean length of sampled training rows; None where they hold no ids."""
-        dataset = self.train_dataset
-        mean = mean_tokens(dataset) if is_map_style(dataset) else None
+        mean = mean_tokens(self.sample(self.train_dataset)) if self.train_dataset is not None else None
         return mean * self.global_batch if mean else None
+
+    def new_plan(self) -> SamplePlan:
+        """The plan of the training data alone, as the first plug-in that wraps it finds it."""
+        args, config, dataset = self.args, self.plan_config, self.train_dataset
+        streamed = is_stream(dataset)
+        return SamplePlan(
+            sources=(Source("train", None if streamed else len(dataset), order=config.order, dataset=dataset),),
+            seed=next(seed for seed in (config.seed, args.data_seed, args.seed) if seed is not None),
+            epoch=args.max_steps * self.global_batch if streamed else 0,
+            window=config.window or window_for(self.global_batch),
+        )
+
+    def sample(self, dataset: Any) -> Any:
+        """`dataset` itself where its rows can be looked up by number; of a stream, its first rows."""
+        if not is_stream(dataset):
+            return dataset
+        rows = first_rows(dataset, STREAM_SAMPLE)
+        try:
+            return hf_datasets.Dataset.from_list(rows)
+        except (TypeError, ValueError, pa.ArrowException):
+            return rows
 
     @property
     def embeddings(self) -> int | None:
@@ -130,6 +160,7 @@ class TrainerPlugin(TrainerCallback):
             `"refused: reason"` or `"untested"`.
         conflicts (`tuple[str, ...]`): names of plug-ins that it cannot run with.
         after (`tuple[str, ...]`): names of plug-ins that come before it when both are present.
+        changes_mixture (`bool`): whether it calls `run.change_mixture`.
     """
 
     name: ClassVar[str] = ""
@@ -138,6 +169,7 @@ class TrainerPlugin(TrainerCallback):
     distributed: ClassVar[dict[str, str]] = {}
     conflicts: ClassVar[tuple[str, ...]] = ()
     after: ClassVar[tuple[str, ...]] = ()
+    changes_mixture: ClassVar[bool] = False
 
     run: PluginRun | None = None
 
@@ -147,7 +179,7 @@ class TrainerPlugin(TrainerCallback):
     def wrap_model(self, model: Any) -> Any:
         return model
 
-    def wrap_plan(self, plan: SamplePlan) -> SamplePlan:
+    def wrap_plan(self, plan: SamplePlan, setup: Setup) -> SamplePlan:
         return plan
 
     def wrap_collator(self, collator: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
@@ -174,6 +206,9 @@ class TrainerPlugin(TrainerCallback):
         return {}
 
     def describe(self) -> list[str]:
+        return []
+
+    def marks(self, total_steps: int) -> list[int]:
         return []
 
     def state(self) -> dict[str, Any]:

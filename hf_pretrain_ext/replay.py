@@ -1,18 +1,20 @@
-"""Replay: a fixed share of the samples comes from old data. Pure functions over the sample plan."""
+"""Replay: a fixed share of what is read comes from old data. Pure functions over the sample plan."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hf_pretrain_ext.plan import MAX_WEIGHT, SamplePlan, Source
+from hf_pretrain_ext.plan.plan import Unit
 
-__all__ = ["ReplayConfig", "realised_ratio", "with_replay"]
+__all__ = ["Change", "ReplayConfig", "realised_ratio", "stage_draws", "with_replay"]
 
 Mode = Literal["equivalent", "additional"]
-MODES = ("equivalent", "additional")
 
 
 @dataclass
@@ -21,7 +23,7 @@ class ReplayConfig:
 
     ratio: float = field(
         default=0.05,
-        metadata={"help": "Replayed samples out of all samples, in [0, 1). 0.05 for a weak shift, 0.25 for a strong."},
+        metadata={"help": "Replayed out of all, in [0, 1). 0.05 for a weak shift of domain, 0.25 for a strong."},
     )
     mode: Mode = field(
         default="equivalent",
@@ -33,45 +35,181 @@ class ReplayConfig:
     order: Literal["shuffled", "original"] = field(
         default="shuffled", metadata={"help": "Order of the replayed rows: shuffled anew every pass, or as stored."}
     )
+    unit: Unit = field(default="samples", metadata={"help": "What ratio and weights are shares of."})
+    weights: dict[str, float] | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each source of old data in what is replayed; in proportion to their sizes if none."
+        },
+    )
+    ratio_changes: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": 'Later ratios by the point from which they hold: {"0.5": 0.1, "2B tokens": 0.05}.'},
+    )
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 <= self.ratio < 1:
-            raise ValueError(
-                f"ratio must be replayed samples out of all samples, at least 0 and below 1, got {self.ratio!r}"
-            )
-        if 0 < self.ratio < 1 / MAX_WEIGHT:
-            raise ValueError(
-                f"ratio must be 0 or at least 1/{MAX_WEIGHT}, the smallest share of a plan, got {self.ratio}"
-            )
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
-        if self.order not in ("shuffled", "original"):
-            raise ValueError(f"order must be 'shuffled' or 'original', got {self.order!r}")
+        _check_ratio(self.ratio, "ratio")
+        for name, allowed in (("mode", get_args(Mode)), ("order", ("shuffled", "original")), ("unit", get_args(Unit))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for point, ratio in (self.ratio_changes or {}).items():
+            _check_ratio(ratio, f"ratio_changes[{point!r}]")
+        for name, weight in (self.weights or {}).items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise ValueError(f"weights[{name!r}] must be a positive number, got {weight!r}")
+
+    @property
+    def largest_ratio(self) -> float:
+        return max([self.ratio, *(self.ratio_changes or {}).values()])
 
 
-def with_replay(plan: SamplePlan, source: Source, ratio: float, mode: Mode) -> SamplePlan:
-    """`plan` with the share `ratio` of its draws taken from `source`.
+def _check_ratio(ratio: Any, name: str) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+        raise ValueError(f"{name} must be what is replayed out of all, at least 0 and below 1, got {ratio!r}")
+    if 0 < ratio < 1 / MAX_WEIGHT:
+        raise ValueError(f"{name} must be 0 or at least 1/{MAX_WEIGHT}, the smallest share of a plan, got {ratio}")
 
-    In mode `"equivalent"` an epoch stays as many draws (Ibrahim et al., 2024, compute-equivalent replay); in mode
-    `"additional"` it grows to epoch / (1 − ratio), so that all the new data is still seen (the arithmetic of Abbes et
-    al., 2025, who enlarge the batch instead).
+
+@dataclass(frozen=True)
+class Change:
+    """`ratio` of all is replayed from a point of the run on, which is `fraction` of it plus `draws` draws."""
+
+    ratio: float
+    draws: int = 0
+    fraction: Fraction = Fraction(0)
+
+    def at(self, total: Fraction) -> Fraction:
+        return self.draws + self.fraction * total
+
+
+def with_replay(
+    plan: SamplePlan,
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    ratios: Sequence[tuple[int, float]],
+    epoch: int,
+    unit: Unit = "samples",
+) -> SamplePlan:
+    """`plan` with a share of its draws taken from `sources`, in the proportion of `weights` among each other.
+
+    With `unit="tokens"` shares are exact to about half a row of each source where all sources have `lengths`, exact
+    to a sample where all rows are equally long, and expected values from `mean_tokens` elsewhere.
+
+    Args:
+        plan ([`SamplePlan`]): with the new data.
+        sources (`Sequence[Source]`): old data.
+        weights (`Sequence[float]`): one a source.
+        ratios (`Sequence[tuple[int, float]]`): start draw and replayed share, in order, the first from 0.
+        epoch (`int`): draws in an epoch; see [`stage_draws`].
+        unit (`str`): what shares are counted in.
 
     Example:
 
     >>> plan = SamplePlan((Source("new", 100),))
-    >>> with_replay(plan, Source("old", 100), 0.2, "equivalent").epoch
-    100
-    >>> with_replay(plan, Source("old", 100), 0.2, "additional").epoch
-    125
+    >>> with_replay(plan, [Source("old", 100)], [1], [(0, 0.2), (50, 0.1)], epoch=100).segments
+    (Segment(start=0, weights=(4, 1)), Segment(start=50, weights=(9, 1)))
     """
-    epoch = plan.epoch
-    if mode == "additional":
-        epoch = math.ceil(epoch / (1 - Fraction(repr(float(ratio)))))
-    return plan.with_source(source, ratio, epoch=epoch)
+    parts = [Fraction(repr(float(weight))) for weight in weights]
+    exact = [(start, _exact(ratio), [_exact(ratio) * part / sum(parts) for part in parts]) for start, ratio in ratios]
+    everything = (*plan.sources, *sources)
+    if unit == "tokens" and not _alike(everything):
+        if all(source.lengths is not None for source in everything):
+            return dataclasses.replace(
+                plan.with_sources(sources, [(start, shares) for start, _, shares in exact], epoch), unit="tokens"
+            )
+        exact = [(start, ratio, _in_samples(plan, start, sources, shares)) for start, ratio, shares in exact]
+    return plan.with_sources(sources, [(start, shares) for start, _, shares in exact], epoch)
 
 
-def realised_ratio(counts: dict[str, Any]) -> dict[str, float]:
-    """Replayed out of all, in samples and in loss-bearing tokens, of the counts that a run keeps.
+def _exact(value: float) -> Fraction:
+    # repr is the shortest decimal that gives the same float, hence what the user typed: 0.05 means 1/20.
+    return Fraction(repr(float(value)))
+
+
+def _alike(sources: Sequence[Source]) -> bool:
+    """Whether all rows of all sources are known to be equally long: then tokens and samples are the same."""
+    if any(source.lengths is None for source in sources):
+        return False
+    ends = {int(end) for s in sources if s.lengths is not None for end in (s.lengths.min(), s.lengths.max())}
+    return len(ends) == 1
+
+
+def _mean(source: Source) -> Fraction:
+    if not source.mean_tokens:
+        raise ValueError(f"source {source.name!r}: shares in tokens need to know how many tokens a row holds")
+    return Fraction(source.mean_tokens)
+
+
+def _in_samples(plan: SamplePlan, start: int, sources: Sequence[Source], shares: Sequence[Fraction]) -> list[Fraction]:
+    """Shares in samples that are expected to give `shares` in tokens, from mean lengths."""
+    mixture = plan.shares(start)
+    mean_new = sum(
+        (_exact(s) * _mean(source) for s, source in zip(mixture, plan.sources, strict=True) if s), Fraction()
+    )
+    old = [share / _mean(source) for share, source in zip(shares, sources, strict=True)]
+    total = (1 - sum(shares)) / mean_new + sum(old)
+    return [part / total for part in old]
+
+
+def stage_draws(
+    new: Source,
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    changes: Sequence[Change],
+    mode: Mode,
+    unit: Unit = "samples",
+    epochs: Fraction = Fraction(1),
+) -> Fraction:
+    """Draws of a stage of `epochs` passes over `new`, before rounding to whole steps.
+
+    In mode `"equivalent"` the stage is as long as without replay, in samples or, with `unit="tokens"`, in tokens
+    (Ibrahim et al., 2024, compute-equivalent replay). In mode `"additional"` it is as long as it takes to see all of
+    the new data: len(new)/(1 − ratio) samples where the ratio is fixed (the arithmetic of Abbes et al., 2025, who
+    enlarge the batch instead).
+
+    Raises:
+        `ValueError`: a change that comes after the end of the stage.
+
+    Example:
+
+    >>> stage_draws(Source("new", 100), [Source("old", 9)], [1], [Change(0.2)], "additional")
+    Fraction(125, 1)
+    """
+    if new.num_rows is None:
+        raise ValueError("how long a stage over a stream is can only be said by max_steps")
+    if mode == "equivalent" and unit == "samples":
+        return new.num_rows * epochs
+    target = Fraction(new.num_rows) * epochs
+    parts = [Fraction(repr(float(weight))) for weight in weights]
+    gains = []
+    for change in changes:
+        shares = [_exact(change.ratio) * part / sum(parts) for part in parts]
+        drawn = _in_samples(SamplePlan((new,)), 0, sources, shares) if unit == "tokens" else shares
+        seen = 1 - sum(drawn)
+        if mode == "equivalent":
+            seen *= _mean(new)
+            seen += sum((share * _mean(source) for share, source in zip(drawn, sources, strict=True)), Fraction())
+        gains.append(seen)
+    if mode == "equivalent":
+        target *= _mean(new)
+    # What is gained up to draw D is linear in D, as the points of change are: intercept + slope · D.
+    slope, intercept = gains[-1], Fraction(0)
+    for before, after, change in zip(gains, gains[1:], changes[1:], strict=False):
+        slope += (before - after) * change.fraction
+        intercept += (before - after) * change.draws
+    total = (target - intercept) / slope
+    for change in changes[1:]:
+        if change.at(total) >= total:
+            raise ValueError(
+                f"a ratio of {change.ratio:g} from draw {float(change.at(total)):,.0f} on comes after the end"
+            )
+    return total
+
+
+def realised_ratio(counts: Mapping[str, Any]) -> dict[str, float]:
+    """Replayed out of all, in samples and in tokens read, of the counts that a run keeps.
+
+    Where more than one source is replayed, the share of each source of the run stands beside them.
 
     Example:
 
@@ -81,9 +219,13 @@ def realised_ratio(counts: dict[str, Any]) -> dict[str, float]:
     {'replay_ratio': 0.25, 'replay_ratio_tokens': 0.3}
     """
     scalars = {}
-    for key, unit in (("replay_ratio", "samples"), ("replay_ratio_tokens", "tokens")):
+    several = sum(entry["replayed"] for entry in counts.values()) > 1
+    for suffix, unit in (("", "samples"), ("_tokens", "tokens")):
         values = [entry[unit] for entry in counts.values()]
         if None in values or not sum(values):
             continue
-        scalars[key] = sum(entry[unit] for entry in counts.values() if entry["replayed"]) / sum(values)
+        total = sum(values)
+        scalars[f"replay_ratio{suffix}"] = sum(e[unit] for e in counts.values() if e["replayed"]) / total
+        if several:
+            scalars.update({f"share_{name}{suffix}": entry[unit] / total for name, entry in counts.items()})
     return scalars

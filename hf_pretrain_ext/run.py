@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,14 @@ from hf_pretrain_ext import _host, checkpoint
 from hf_pretrain_ext.checks import find_problems, in_order
 from hf_pretrain_ext.data import fingerprint, is_map_style
 from hf_pretrain_ext.identity import compare, compared_arguments
-from hf_pretrain_ext.lengths import host_length, run_length, window_for
-from hf_pretrain_ext.loader import private_copy
-from hf_pretrain_ext.plan import SamplePlan, Source
+from hf_pretrain_ext.lengths import host_length, run_length
+from hf_pretrain_ext.loader import COUNTS, MARKS, PlanBatchSampler, PlanDataset, private_copy
+from hf_pretrain_ext.plan import SamplePlan, Segment
+from hf_pretrain_ext.plan.tokens import Cursor
 from hf_pretrain_ext.plugin import PluginError, Problem, Setup, TrainerPlugin, overrides
 from hf_pretrain_ext.rng import get_rng_state, rng_guard, set_rng_state
 from hf_pretrain_ext.say import say
+from hf_pretrain_ext.streams import StreamMark
 from hf_pretrain_ext.trace import Trace, plain, versions
 
 if TYPE_CHECKING:
@@ -60,6 +63,11 @@ class PluginRun:
         self.resume_from: str | None = None
         self.active = False
         self._fingerprints: dict[str, str] = {}
+        self._marks: dict[str, StreamMark] = {}
+        self._marks_ahead: dict[str, StreamMark] = {}
+        self._dataset: PlanDataset | None = None
+        self._sampler: PlanBatchSampler | None = None
+        self._planned: SamplePlan | None = None
 
     # What a plug-in may use
 
@@ -152,8 +160,7 @@ class PluginRun:
 
     def attach(self, candidates: Sequence[TrainerPlugin]) -> None:
         """Checks the list as a whole, then takes it over: on an error nothing was changed."""
-        length = self._host_length()[1] or None
-        setup = Setup(self.trainer, tuple(candidates), self.global_batch, length, self.given_optimizer)
+        setup = self._new_setup(candidates)
         # Looking at data may run a random collator; what it draws is nobody's business in training.
         with rng_guard():
             problems = find_problems(setup)
@@ -178,22 +185,79 @@ class PluginRun:
         wrapping = self.with_hook("wrap_plan")
         if not wrapping:
             return None
-        trainer, config = self.trainer, self.plan_config
-        args, dataset = trainer.args, trainer.train_dataset
-        seed = next(s for s in (config.seed, args.data_seed, args.seed) if s is not None)
-        plan = SamplePlan(
-            sources=(Source("train", len(dataset), order=config.order, dataset=dataset),),
-            seed=seed,
-            window=config.window or window_for(self.global_batch),
-        )
+        setup = self._new_setup(self.plugins)
+        plan = setup.new_plan()
         for plugin in wrapping:
-            plan = plugin.wrap_plan(plan)
+            plan = plugin.wrap_plan(plan, setup)
         return plan
+
+    def _new_setup(self, plugins: Sequence[TrainerPlugin]) -> Setup:
+        length = self._host_length()[1] or None
+        return Setup(self.trainer, tuple(plugins), self.global_batch, length, self.given_optimizer, self.plan_config)
+
+    def change_mixture(self, shares: Mapping[str, float], step: int | None = None) -> int:
+        """Changes the mixture from optimizer step `step` on; earlier draws stay, and per-source counts go on.
+
+        The change is recorded: a resume makes it again at the same draw. Every rank must call it with the same values.
+
+        Args:
+            shares (`Mapping[str, float]`): a share for every source of the plan, not negative, in any scale.
+            step (`int`, *optional*): defaults to the first step whose batches have not been handed out yet. Workers
+                fetch ahead, so that step depends on their number; name one to be independent of it.
+
+        Returns:
+            `int`: the step.
+
+        Raises:
+            `ValueError`: other names than the sources', or a step that was handed out already.
+            `RuntimeError`: no plan, or no plug-in that declares `changes_mixture`.
+        """
+        sampler = self._sampler
+        if self.plan is None or sampler is None or sampler.segments is None:
+            raise RuntimeError(
+                "the mixture can be changed while a run with a sample plan is training, by a plug-in with the class "
+                "attribute changes_mixture = True"
+            )
+        names = [source.name for source in self.plan.sources]
+        if set(shares) != set(names):
+            raise ValueError(f"shares must name the sources {names}, got {sorted(shares)}")
+        first = -(-max(sampler.handed_out, self.plan.segments[-1].start + 1) // self.global_batch)
+        step = first if step is None else step
+        if step < first:
+            raise ValueError(f"step must be at least {first}: earlier ones are handed out already; got {step}")
+        self.plan = self.plan.with_segment(step * self.global_batch, [shares[name] for name in names])
+        sampler.segments = self.plan.segments
+        self.trace("mixture", shares=dict(shares), start=step)
+        return step
+
+    def make_loader_parts(self, datasets: Sequence[Any], batch_size: int) -> tuple[PlanDataset, PlanBatchSampler]:
+        """Dataset and batch sampler of the plan, which stay known: streams and changed mixtures go through them."""
+        plan = self.plan or self.build_plan()
+        if plan is None:
+            raise RuntimeError("no plug-in decides the order of the data")
+        per_epoch, _ = run_length(self.trainer.args, plan.epoch, self.global_batch)
+        changing = any(plugin.changes_mixture for plugin in self.plugins)
+        self._dataset = PlanDataset(plan, datasets, self._marks)
+        self._sampler = PlanBatchSampler(
+            batch_size,
+            per_epoch * (self.global_batch // batch_size),
+            self.epoch_start,
+            plan.segments if changing else None,
+        )
+        return self._dataset, self._sampler
+
+    def epoch_start(self) -> int:
+        """The global sample index at which the epoch about to begin starts, from the step counter alone."""
+        step = self.step
+        if self.resumed_at == step and not self.trainer.args.ignore_data_skip:
+            # The host skips the resumed epoch's batches that were trained on; so it begins where that epoch did.
+            step -= step % self.steps_per_epoch
+        return step * self.global_batch
 
     def start(self, resume_from: str | None) -> None:
         """Everything before the host's loop: plan, schedule, comparison with the checkpoint, state, trace."""
         self.active = True
-        self.plan = self.build_plan()
+        self.plan = self._planned = self.build_plan()
         trainer = self.trainer
         self.total_steps, self.steps_per_epoch = 0, 0
         if self.plan is not None:
@@ -205,7 +269,8 @@ class PluginRun:
         # Zero steps: only the host's own loader will tell, through `set_length`.
         self.lr_schedule = owner.schedule(trainer.args, self.total_steps) if owner and self.total_steps else None
         sources = len(self.plan.sources) if self.plan else 0
-        self._counts = [[0, 0, 0] for _ in range(sources)]
+        self._counts = [[0] * 5 for _ in range(sources)]
+        self._marks, self._marks_ahead, self._dataset, self._sampler = {}, {}, None, None
         self._committed = self._uncommitted = None
         self._pending, self._restored, self._before_step, self.resumed_at = {}, None, None, None
         for plugin in self.plugins:
@@ -253,7 +318,7 @@ class PluginRun:
         return plain(
             {
                 "plugins": {plugin.name: settings for plugin in self.plugins if (settings := plugin.settings())},
-                "plan": self.plan.identity() if self.plan else None,
+                "plan": self._planned.identity() if self._planned else None,
                 "schedule": self.lr_schedule.identity() if self.lr_schedule else None,
                 "data": self._fingerprints,
                 "global_batch": self.global_batch,
@@ -273,6 +338,12 @@ class PluginRun:
         self.resumed_at = int(saved["step"])
         self._counts = [list(row) for row in saved["counts"]]
         self._restored = saved["log_sums"]
+        self._marks = {name: StreamMark.from_json(mark) for name, mark in saved["streams"].items()}
+        if self.plan is not None:
+            added = tuple(Segment(start, tuple(weights)) for start, weights in saved["segments"])
+            if saved["cursor"] is not None:
+                self.plan = dataclasses.replace(self.plan, cursors=(Cursor.from_json(saved["cursor"]),))
+            self.plan = self.plan.with_segments(self.plan.segments + added)
         for plugin in self.plugins:
             plugin.load_state(saved["plugins"].get(plugin.name, {}))
 
@@ -316,42 +387,53 @@ class PluginRun:
 
     # Counting
 
-    def count(self, batches: Sequence[Any], key: str) -> None:
-        """Takes the counts out of the micro-batches of the step about to run."""
-        found = [batch.pop(key) for batch in batches if hasattr(batch, "pop") and key in batch]
-        if found:
-            self._uncommitted, self._uncommitted_step = torch.stack(found).sum(dim=0), self.step
+    def count(self, batches: Sequence[Any]) -> None:
+        """Takes the counts and the marks of streams out of the micro-batches of the step about to run."""
+        taken = [batch for batch in batches if hasattr(batch, "pop") and COUNTS in batch]
+        if taken:
+            self._uncommitted = torch.stack([batch.pop(COUNTS) for batch in taken]).sum(dim=0)
+            self._uncommitted_step = self.step
+        self._marks_ahead = dict(self._marks)
+        for batch in taken:
+            for name, mark in batch.pop(MARKS, {}).items():
+                if name not in self._marks_ahead or mark.number > self._marks_ahead[name].number:
+                    self._marks_ahead[name] = mark
 
     def commit(self) -> None:
         """Counts what the last step saw, if it was made. Stays on the device: no synchronisation."""
         if self._uncommitted is not None and self.step > self._uncommitted_step:
             self._committed = self._uncommitted + (0 if self._committed is None else self._committed)
-            self._uncommitted = None
+            self._uncommitted, self._marks = None, self._marks_ahead
+            if self._dataset is not None:
+                # Workers that start at the next epoch are copies of this one.
+                self._dataset.go_on_from(self._marks)
 
     def gather_counts(self) -> None:
         """Sums the counts over ranks; every rank must call it."""
         if self.plan is None:
             return
         if self._committed is None:
-            self._committed = torch.zeros((len(self.plan.sources), 3), dtype=torch.int64, device=self.device)
+            self._committed = torch.zeros((len(self.plan.sources), 5), dtype=torch.int64, device=self.device)
         total = self.sum_over_ranks(self._committed)
         self._counts = (torch.tensor(self._counts) + total.cpu()).tolist()
         self._committed = None
 
     def realised(self) -> dict[str, Any]:
-        """What was seen so far, over all ranks, since the last log or save: samples and loss-bearing tokens a source.
+        """What was seen until the last log or save, over all ranks: samples, tokens and loss-bearing tokens a source.
 
-        `tokens` is None where a collator's batches do not tell which tokens belong to which sample.
+        `tokens` (read, padding left out) is None where rows hold no token ids, `loss_tokens` where a collator's
+        batches do not tell which of them belong to which sample.
         """
         if self.plan is None:
             return {}
         return {
             source.name: {
                 "samples": samples,
-                "tokens": tokens if not unknown else None,
+                "tokens": tokens if not unread else None,
+                "loss_tokens": bearing if not untold else None,
                 "replayed": source.replayed,
             }
-            for source, (samples, tokens, unknown) in zip(self.plan.sources, self._counts, strict=True)
+            for source, (samples, tokens, unread, bearing, untold) in zip(self.plan.sources, self._counts, strict=True)
         }
 
     # Logging
@@ -398,7 +480,23 @@ class PluginRun:
                 "identity": self.identity(),
                 "counts": self._counts,
                 "log_sums": self._sums,
+                "streams": {name: mark.to_json() for name, mark in self._marks.items()},
+                "segments": [[segment.start, list(segment.weights)] for segment in self._added()],
+                "cursor": self._cursor(),
                 "plugins": {plugin.name: plugin.state() for plugin in self.plugins},
             },
         )
         self._trace.write("save", self.step, folder=os.path.basename(folder))
+
+    def _added(self) -> tuple[Segment, ...]:
+        """The segments by which the mixture changed while the run went on."""
+        if self.plan is None or self._planned is None:
+            return ()
+        return self.plan.segments[len(self._planned.segments) :]
+
+    def _cursor(self) -> dict[str, Any] | None:
+        """For shares in tokens, from where a resume computes the order."""
+        if self.plan is None or self.plan.unit != "tokens":
+            return None
+        start = min([self.step * self.global_batch, *(segment.start for segment in self._added())])
+        return self.plan.cursor_before(start).to_json()

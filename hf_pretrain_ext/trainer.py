@@ -15,8 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import seed_worker
 
 from hf_pretrain_ext import _host, checkpoint
-from hf_pretrain_ext.lengths import run_length
-from hf_pretrain_ext.loader import COUNTS, PlanBatchSampler, PlanCollator, PlanDataset
+from hf_pretrain_ext.loader import PlanCollator
 from hf_pretrain_ext.plan.plan import MAX_WINDOW, Order
 from hf_pretrain_ext.plugin import TrainerPlugin
 from hf_pretrain_ext.run import PluginRun
@@ -203,11 +202,10 @@ class PluginTrainerMixin(_Base):
         args = self.args
         datasets, collator = _host.strip_columns(self, [source.dataset for source in plan.sources], self.data_collator)
         collator = functools.reduce(lambda c, plugin: plugin.wrap_collator(c), collator_hooks, collator)
-        size = _host.train_batch_size(self)
-        per_epoch, _ = run_length(args, plan.epoch, run.global_batch)
+        dataset, sampler = run.make_loader_parts(datasets, _host.train_batch_size(self))
         loader = DataLoader(
-            PlanDataset(plan, datasets),
-            batch_sampler=PlanBatchSampler(size, per_epoch * (run.global_batch // size), self._epoch_start),
+            dataset,
+            batch_sampler=sampler,
             collate_fn=PlanCollator(
                 collator, [source.name for source in plan.sources], _host.embeddings(self.model), run.shifts_labels
             ),
@@ -223,17 +221,9 @@ class PluginTrainerMixin(_Base):
         )
         return self.accelerator.prepare(loader)
 
-    def _epoch_start(self) -> int:
-        """The global sample index at which the epoch about to begin starts, from the step counter alone."""
-        run, step = self._plugin_run, self.state.global_step
-        if run.resumed_at == step and not self.args.ignore_data_skip:
-            # The host skips the resumed epoch's batches that were trained on; so it begins where that epoch did.
-            step -= step % run.steps_per_epoch
-        return step * run.global_batch
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)
-        self._plugin_run.count(batches, COUNTS)
+        self._plugin_run.count(batches)
         return batches, items
 
     # Optimizer, schedule, loss

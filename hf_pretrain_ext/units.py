@@ -10,7 +10,7 @@ import math
 import re
 from fractions import Fraction
 
-__all__ = ["to_rate", "to_steps"]
+__all__ = ["to_point", "to_rate", "to_steps"]
 
 _LENGTH = re.compile(r"\s*([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*(%|steps?|[kKMBT]?\s*tokens?)?\s*")
 _TOKENS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -32,6 +32,18 @@ def to_steps(value: int | float | str, total_steps: int, name: str, tokens_per_s
     >>> to_steps("2M tokens", 1000, "warmup", tokens_per_step=2048)
     977
     """
+    steps, fraction = to_point(value, name, tokens_per_step)
+    return steps + math.floor(float(fraction) * total_steps + 0.5)
+
+
+def to_point(value: int | float | str, name: str, tokens_per_step: float | None = None) -> tuple[int, Fraction]:
+    """The same before the length of the run is known: a number of steps, or a fraction of the run; the other is 0.
+
+    Example:
+
+    >>> to_point(25, "warmup"), to_point("2%", "warmup")
+    ((25, Fraction(0, 1)), (0, Fraction(1, 50)))
+    """
     advice = f'{name} must be an int (steps), a float in [0, 1) (fraction of the run) or a string such as "500 steps"'
     if isinstance(value, str):
         match = _LENGTH.fullmatch(value)
@@ -45,12 +57,12 @@ def to_steps(value: int | float | str, total_steps: int, name: str, tokens_per_s
                     "`extend(trainer)` and data with input_ids, or give the length in steps"
                 )
             tokens = float(number) * _TOKENS[unit.split("t", 1)[0].strip()]
-            return math.floor(tokens / tokens_per_step + 0.5)
+            return math.floor(tokens / tokens_per_step + 0.5), Fraction(0)
         if unit == "%":
-            value = float(number) / 100
-            if value >= 1:
+            if float(number) >= 100:
                 raise ValueError(f"{advice}; {match.group(0).strip()!r} is not below 100%")
-        elif unit is None and not number.replace("_", "").isdigit():
+            return 0, Fraction(number.replace("_", "")) / 100
+        if unit is None and not number.replace("_", "").isdigit():
             value = float(number)
         elif number.replace("_", "").isdigit():
             value = int(number)
@@ -61,10 +73,11 @@ def to_steps(value: int | float | str, total_steps: int, name: str, tokens_per_s
     if isinstance(value, int):
         if value < 0:
             raise ValueError(f"{advice}, got {value}")
-        return value
+        return value, Fraction(0)
     if not 0 <= value < 1:
         raise ValueError(f"{advice}, got {value}: write {value:g} steps as an int")
-    return math.floor(value * total_steps + 0.5)
+    # In decimals, as typed.
+    return 0, Fraction(repr(value))
 
 
 def to_rate(value: float | str, peak_lr: float, name: str) -> float:

@@ -156,7 +156,7 @@ def test_continual_pretraining(model_dir: Path, texts: dict[str, list[str]], tmp
     trace = check_run(output, model_dir, steps=8, batch=4, ratio=0.25)
     (end,) = [line for line in trace if line["event"] == "end"]
     # Blocks of one length: the share in tokens is exact too. The first token of a block is predicted from nothing.
-    assert end["counts"]["replay"]["tokens"] == 8 * 31 and end["counts"]["train"]["tokens"] == 24 * 31
+    assert end["counts"]["replay"]["loss_tokens"] == 8 * 31 and end["counts"]["train"]["loss_tokens"] == 24 * 31
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
@@ -391,7 +391,7 @@ def test_replay_reaches_the_model_through_trl(kinds: Kinds, tmp_path: Path, name
         "train": seen.count("train"),
         "replay": seen.count("replay"),
     }
-    tokens = {kind: entry["tokens"] for kind, entry in realised.items()}
+    tokens = {kind: entry["loss_tokens"] for kind, entry in realised.items()}
     # Flattened rows with padding behind them do not tell where one ends: unknown is right, and so is the number.
     if name != "bfd, padded to a multiple" or None not in tokens.values():
         assert tokens == watch.tokens

@@ -16,6 +16,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from hf_pretrain_ext import PlanConfig, PluginError, PluginTrainerMixin, Problem, SamplePlan, TrainerPlugin, extend
 from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
+from hf_pretrain_ext.plugin import Setup
 from hf_pretrain_ext.schedules import LRSchedule, cosine
 
 
@@ -176,7 +177,7 @@ class Everything(TrainerPlugin):
         model.config.touched = True
         return model
 
-    def wrap_plan(self, plan: SamplePlan) -> SamplePlan:
+    def wrap_plan(self, plan: SamplePlan, setup: Setup) -> SamplePlan:
         self.seen["plan"] = plan
         return plan.with_phase("start", 0, 8)
 

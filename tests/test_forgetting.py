@@ -171,7 +171,7 @@ def test_masked_language_models_and_encoder_decoders(tmp_path: Path) -> None:
         extend(trainer, probe, ReplayCallback(tiny.rows(8, seed=2), ratio=0.25)).train()
         assert probe.history.sets["old"]["losses"][0] == pytest.approx(float(outputs.loss), rel=1e-5)
         assert probe.history.sets["old"]["tokens"] == ids.numel()
-        assert trainer.plugin_run.realised()["replay"]["tokens"] == 16
+        assert trainer.plugin_run.realised()["replay"]["loss_tokens"] == 16
 
 
 WRONG: list[tuple[Any, dict[str, Any], str]] = [

@@ -310,7 +310,7 @@ def noisy(features: list[Any]) -> dict[str, Any]:
 
 
 def test_counts_are_those_of_the_plan(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Samples and loss-bearing tokens of each source, worked out from the rows."""
+    """Samples, tokens and loss-bearing tokens of each source, worked out from the rows."""
     plan = plan_of()
     for collator, shifts in (
         (DataCollatorForLanguageModeling(tokenizer, mlm=False), True),
@@ -318,11 +318,12 @@ def test_counts_are_those_of_the_plan(tokenizer: PreTrainedTokenizerFast) -> Non
         (DataCollatorWithFlattening(), True),
     ):
         batch = collator_of(collator, shifts)(dataset_of(plan).__getitems__(range(30, 70)))
-        by_hand = [[0, 0, 0], [0, 0, 0]]
+        by_hand = [[0] * 5, [0] * 5]
         for i in range(30, 70):
             row = (DATA, OTHER)[plan[i].source][plan[i].row]["input_ids"]
             by_hand[plan[i].source][0] += 1
-            by_hand[plan[i].source][1] += len(row) - shifts
+            by_hand[plan[i].source][1] += len(row)
+            by_hand[plan[i].source][3] += len(row) - shifts
         assert batch[COUNTS].dtype == torch.int64 and batch[COUNTS].tolist() == by_hand
 
 
@@ -330,7 +331,10 @@ def test_unknown_tokens_are_counted_as_unknown(tokenizer: PreTrainedTokenizerFas
     plan = plan_of()
     batch = collator_of(DataCollatorWithPadding(tokenizer))(dataset_of(plan).__getitems__(range(0, 24)))
     assert isinstance(batch, BatchEncoding)
-    assert batch[COUNTS].tolist() == [[18, 0, 18], [6, 0, 6]]
+    read = [
+        sum(len((DATA, OTHER)[k][plan[i].row]["input_ids"]) for i in range(24) if plan[i].source == k) for k in (0, 1)
+    ]
+    assert batch[COUNTS].tolist() == [[18, read[0], 0, 0, 18], [6, read[1], 0, 0, 6]]
 
 
 def test_ids_beyond_the_embeddings_are_refused_with_source_and_rows() -> None:

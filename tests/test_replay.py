@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from datasets.distributed import split_dataset_by_node
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback
 
 from hf_pretrain_ext import PlanConfig, PluginError, extend, read_trace
@@ -76,7 +77,8 @@ def test_realised_ratio_is_counted_and_logged(tmp_path: Path) -> None:
     seen = len(watch.rows(old=False)), len(watch.rows(old=True))
     realised = trainer.plugin_run.realised()
     assert (realised["train"]["samples"], realised["replay"]["samples"]) == seen == (15, 5)
-    assert (realised["train"]["tokens"], realised["replay"]["tokens"]) == (15 * 15, 5 * 15)
+    assert (realised["train"]["loss_tokens"], realised["replay"]["loss_tokens"]) == (15 * 15, 5 * 15)
+    assert (realised["train"]["tokens"], realised["replay"]["tokens"]) == (15 * 16, 5 * 16)
     logged = [line for line in trainer.state.log_history if "replay_ratio" in line]
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 5]
     assert logged[-1]["replay_ratio"] == logged[-1]["replay_ratio_tokens"] == 0.25
@@ -96,8 +98,8 @@ def test_ragged_rows_are_counted_in_tokens(tmp_path: Path) -> None:
     )
     extend(trainer, ReplayCallback(old.select_columns("input_ids"), ratio=1 / 3)).train()
     realised = trainer.plugin_run.realised()
-    assert realised["train"] == {"samples": 16, "tokens": 16 * 15, "replayed": False}
-    assert realised["replay"] == {"samples": 8, "tokens": 8 * 7, "replayed": True}
+    assert realised["train"] == {"samples": 16, "tokens": 16 * 16, "loss_tokens": 16 * 15, "replayed": False}
+    assert realised["replay"] == {"samples": 8, "tokens": 8 * 8, "loss_tokens": 8 * 7, "replayed": True}
 
 
 def test_modes_and_epochs(tmp_path: Path) -> None:
@@ -141,12 +143,12 @@ def test_lists_and_torch_datasets_are_sources_too(tmp_path: Path) -> None:
 
 
 WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
-    ({"ratio": 1.0}, "ratio must be replayed samples out of all samples, at least 0 and below 1, got 1.0"),
+    ({"ratio": 1.0}, "ratio must be what is replayed out of all, at least 0 and below 1, got 1.0"),
     ({"ratio": -0.1}, "got -0.1"),
     ({"ratio": "5%"}, "got '5%'"),
     ({"ratio": True}, "got True"),
     ({"mode": "extra"}, "mode must be one of ('equivalent', 'additional'), got 'extra'"),
-    ({"order": "random"}, "order must be 'shuffled' or 'original', got 'random'"),
+    ({"order": "random"}, "order must be one of ('shuffled', 'original'), got 'random'"),
 ]
 
 
@@ -163,8 +165,13 @@ def stream(data: Dataset) -> Any:
 
 WRONG_DATA: list[tuple[str, Any, Any, dict[str, Any], str]] = [
     ("empty", old_rows(4).select([]), None, {}, "the replay data is empty"),
-    ("stream", stream(old_rows(4)), None, {}, "whose rows cannot be looked up by number"),
-    ("training stream", old_rows(4), stream(new_rows(40)), {}, "the train_dataset is a stream (IterableDataset)"),
+    ("splits", DatasetDict(train=old_rows(4)), None, {}, "of a DatasetDict, one split"),
+    ("once", (row for row in old_rows(4)), None, {}, "is a generator, which can be read only once"),
+    ("split stream", split_dataset_by_node(stream(old_rows(4)), 0, 2), None, {}, "split_dataset_by_node"),
+    ("stream without rows", stream(old_rows(4)).take(0), None, {}, "a stream without rows"),
+    ("named train", {"train": old_rows(4)}, None, {}, "a source is named 'train'"),
+    ("no size", {"a": old_rows(4), "b": stream(old_rows(4))}, None, {}, "the size of the stream 'b' is not known"),
+    ("one of two", {"a": old_rows(4), "b": tiny.rows(4, high=100)}, None, {}, "the replay data 'b' holds token ids"),
     ("no training data", old_rows(4), new_rows(4).select([]), {}, "the train_dataset is empty"),
     ("vocabulary", tiny.rows(4, high=100), None, {}, "token ids"),
     ("columns", Dataset.from_dict({"text": ["raw"]}), None, {}, "No columns in the dataset match"),
@@ -222,8 +229,7 @@ def test_ids_beyond_the_sample_are_caught_in_the_batch(tmp_path: Path) -> None:
     ids[bad] = [999] * tiny.LENGTH
     data = Dataset.from_dict({"input_ids": ids, "labels": ids}).select([bad, *_sampled(3000)])
     plugin = ReplayCallback(data, ratio=0.9, order="original")
-    plugin._prepared = data  # as if the sampled look had not met that row
-    plugin._check_rows = lambda setup: ()  # type: ignore[method-assign]  # likewise
+    plugin._check_rows = lambda *given: ()  # type: ignore[method-assign]  # as if it had not met that row
     with pytest.raises(ValueError, match=r"token id 999, but the model has 64 embeddings.*replay.*rows 0"):
         run(tmp_path, plugin)
 

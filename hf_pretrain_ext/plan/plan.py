@@ -27,6 +27,7 @@ Order = Literal["shuffled", "original", "host"]
 Unit = Literal["samples", "tokens"]
 MAX_WINDOW = 1 << 15
 _CHUNK = 1 << 15
+EXACT_DRAWS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class SamplePlan:
         unit (`str`, *optional*, defaults to `"samples"`): what the weights are shares of. `"tokens"` needs the
             `lengths` of every source; at window ends a source is then within half of ((1 − share) of its longest row
             plus `share` of the others' longest rows together) of its share: half a row for two sources alike.
-        cursor ([`Cursor`], *optional*): for shares in tokens, where the order may be computed from instead of draw 0.
+        cursors (`tuple[Cursor, ...]`): for shares in tokens, where the order may be computed from instead of draw 0.
 
     Raises:
         `ValueError`: inconsistent sources, segments, phases or sizes.
@@ -154,7 +155,7 @@ class SamplePlan:
     window: int = 1
     phases: tuple[Phase, ...] = ()
     unit: Unit = "samples"
-    cursor: Cursor | None = dataclasses.field(default=None, compare=False, repr=False)
+    cursors: tuple[Cursor, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.sources) <= 255:
@@ -268,9 +269,17 @@ class SamplePlan:
         >>> later.segments[-1], bool((later.draws(0, 8).row == plan.draws(0, 8).row).all())
         (Segment(start=8, weights=(3, 1)), True)
         """
-        segment = Segment(start, integer_weights(shares, MAX_WEIGHT))
-        cursor = self.cursor_before(min(start, self.segments[-1].start)) if self.unit == "tokens" else None
-        return dataclasses.replace(self, segments=(*self.segments, segment), cursor=cursor)
+        return self.with_segments((*self.segments, Segment(start, integer_weights(shares, MAX_WEIGHT))))
+
+    def with_segments(self, segments: tuple[Segment, ...]) -> SamplePlan:
+        """The plan with segments added at its end."""
+        if segments[: len(self.segments)] != self.segments:
+            raise ValueError(f"segments can be added at the end only: {self.segments} is not how {segments} begins")
+        added = segments[len(self.segments) :]
+        cursors = self.cursors
+        if isinstance(self._mixture, TokenMixture) and added:
+            cursors = tuple(cursor for cursor in self._mixture.cursors if cursor.index <= added[0].start)
+        return dataclasses.replace(self, segments=segments, cursors=cursors)
 
     def with_phase(self, name: str, start: int, stop: int) -> SamplePlan:
         """A plan with one more named phase, draws `start` to `stop` − 1."""
@@ -303,6 +312,20 @@ class SamplePlan:
         counts = self._mixture.counts(whole)
         if whole < stop:
             counts = counts + np.bincount(self.draws(whole, stop).source, minlength=len(self.sources))
+        return counts
+
+    def expected_counts(self, stop: int) -> NDArray[np.float64]:
+        """Draws of each source among the first `stop`: shape `(sources,)`.
+
+        Exact, but for shares in tokens over more draws than can be gone through in a moment: there from mean lengths.
+        """
+        if self.unit == "samples" or stop <= EXACT_DRAWS:
+            return self.counts(stop).astype(np.float64)
+        counts = np.zeros(len(self.sources))
+        means = np.array([source.mean_tokens or np.inf for source in self.sources])
+        for segment, following in zip(self.segments, (*self.segments[1:], Segment(stop, ())), strict=True):
+            drawn = np.array(segment.weights) / means
+            counts += max(min(following.start, stop) - segment.start, 0) * drawn / drawn.sum()
         return counts
 
     def shares(self, index: int) -> NDArray[np.float64]:
@@ -428,7 +451,7 @@ class SamplePlan:
         if self.unit == "samples":
             return SampleMixture(segments)
         return TokenMixture(
-            segments, self._lengths, [source.mean_tokens or 0.0 for source in self.sources], self.window, self.cursor
+            segments, self._lengths, [source.mean_tokens or 0.0 for source in self.sources], self.window, self.cursors
         )
 
     def _lengths(self, k: int, numbers: NDArray[np.int64]) -> NDArray[np.integer]:

@@ -65,7 +65,7 @@ class TokenMixture:
         lengths (`Callable`): `lengths(k, numbers)` gives the tokens of the draws `numbers` (int64) of source k.
         means (`Sequence[float]`): mean tokens a row of each source; positive where a weight is.
         window (`int`): blocks are whole windows.
-        cursor ([`Cursor`], *optional*): where to start from instead of draw 0.
+        cursors (`Sequence[Cursor]`): known ones, in order; the order is computed from them instead of from draw 0.
 
     Example:
 
@@ -80,14 +80,14 @@ class TokenMixture:
         lengths: Callable[[int, NDArray[np.int64]], NDArray[np.integer]],
         means: Sequence[float],
         window: int = 1,
-        cursor: Cursor | None = None,
+        cursors: Sequence[Cursor] = (),
     ):
         self.segments = list(segments)
         self.lengths = lengths
         self.means = means
         self.window = window
         self.block = window * max(1, _BLOCK // window)
-        self.cursors = [cursor or Cursor.start(len(means))]
+        self.cursors = list(cursors) or [Cursor.start(len(means))]
         self._starts = [start for start, _ in self.segments]
         self._recent: OrderedDict[int, tuple[NDArray[np.uint8], NDArray[np.int64]]] = OrderedDict()
         self._earlier: TokenMixture | None = None

@@ -5,6 +5,7 @@ ifndef PYTHON
 PYTHON := $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
 endif
 VENV ?= .venv
+DEMO_SCALE ?= quick
 DEMO_ARGS ?=
 PYTEST_WORKERS ?= 2
 
@@ -32,8 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP) ## make the environment
 
-demo: $(STAMP) ## train and report a small example into demo_output/
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/hf-pretrain-ext demo --output demo_output $(DEMO_ARGS)
+# The full scale keeps what is finished, so that it can go on after a kill; a quick demo leaves its folder alone.
+demo: $(STAMP) ## train and report a small example into demo_output/ (DEMO_SCALE=full: an hour, into demo_output/full)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/hf-pretrain-ext demo --scale $(DEMO_SCALE) --output demo_output$(if $(filter full,$(DEMO_SCALE)),/full) $(DEMO_ARGS)
 
 test: quality ## format, lint and type checks, then every test not marked slow
 	$(PYTEST) -m "not slow" -n $(PYTEST_WORKERS) --dist loadfile

@@ -1,6 +1,7 @@
 """The main job on real text: a small model, pre-trained on one domain, goes on to another in several arms.
 
-The arms differ only in plug-ins; the report says what each learned and what it forgot.
+The arms differ only in plug-ins; the report says what each learned and what it forgot. Here is the quick scale; the
+full one, with more arms, seeds and intervals, is [`hf_pretrain_ext.demo.study`] and trains with the functions below.
 """
 
 from __future__ import annotations
@@ -36,13 +37,21 @@ from hf_pretrain_ext.report.plots import forgetting_plot, have_matplotlib
 from hf_pretrain_ext.say import say
 from hf_pretrain_ext.trace import versions
 
-__all__ = ["DemoConfig", "run_demo"]
+__all__ = ["DemoConfig", "Domain", "build_model", "load_domains", "pretrain", "run_demo", "train_arm"]
+
+MAX_SEEDS = 10
 
 
 @dataclass
 class DemoConfig:
     """Settings of the demo, readable by `HfArgumentParser`. The defaults train 1.7 million parameters."""
 
+    scale: Literal["quick", "full"] = field(
+        default="quick",
+        metadata={
+            "help": "quick: four arms, one seed; full: the ratios of a paper's table, seeds, intervals, an hour."
+        },
+    )
     output: str = field(default="demo_output", metadata={"help": "Folder for the results."})
     domain: Literal["auto", "python", "german"] = field(
         default="auto",
@@ -57,8 +66,15 @@ class DemoConfig:
     layers: int = field(default=3, metadata={"help": "Decoder layers."})
     peak_lr: float = field(default=3e-3, metadata={"help": "Peak learning rate, of pre-training and of re-warming."})
     heldout_rows: int = field(default=64, metadata={"help": "Blocks of each held-out set that a probe reads."})
-    seed: int = field(default=0, metadata={"help": "Seed of models, tokenizer order and plans."})
+    seed: int = field(default=0, metadata={"help": "Seed of models and plans; of the full scale, the first one."})
+    seeds: int = field(default=3, metadata={"help": "Seeds of the full scale, from `seed` on."})
     limit: int | None = field(default=None, metadata={"help": "Files a corpus, for quick looks; all by default."})
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("quick", "full"):
+            raise ValueError(f"scale must be 'quick' or 'full', got {self.scale!r}")
+        if not 2 <= self.seeds <= MAX_SEEDS:
+            raise ValueError(f"seeds must be 2 to {MAX_SEEDS}: an interval needs two; got {self.seeds!r}")
 
 
 @dataclass
@@ -78,7 +94,16 @@ class _Bar(ProgressCallback):
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
-    """Runs the demo into `config.output` and returns what `results.json` holds.
+    """Runs the demo into `config.output`, at the scale of `config.scale`, and returns what `results.json` holds."""
+    if config.scale == "full":
+        from hf_pretrain_ext.demo.study import run_study  # here: the study is built from this module's functions
+
+        return run_study(config)
+    return run_quick(config)
+
+
+def run_quick(config: DemoConfig) -> dict[str, Any]:
+    """Four arms of one seed.
 
     Writes `results.json`, `table.md`, `forgetting.json` and `forgetting.png` (all arms), a folder an arm with its own
     `forgetting.json`, `trace.jsonl` and plot, and the adapted model with its tokenizer in `model/`.
@@ -86,8 +111,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     began = time.perf_counter()
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer, old, new = _data(config, folder)
-    base, base_lr = _pretrain(config, folder, old, tokenizer)
+    tokenizer, old, new = load_domains(config, folder)
+    base, base_lr = pretrain(config, folder / "base", old, tokenizer)
     arms: dict[str, Callable[[], list[TrainerPlugin]]] = {
         "constant": list,
         "re-warm": lambda: [RewarmCallback(config.peak_lr)],
@@ -97,7 +122,15 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     rows = []
     for number, (label, plugins) in enumerate(arms.items(), start=1):
         say(f"arm {number} of {len(arms)}: {label}")
-        rows.append(_continue(config, folder, base, base_lr, label, plugins(), old, new))
+        output = folder / "arms" / "".join(c if c.isalnum() else "-" for c in label).strip("-").replace("---", "-")
+        model = AutoModelForCausalLM.from_pretrained(base)
+        # The arm without plug-ins goes on at the rate that the pre-training ended with.
+        made = plugins()
+        figures = train_arm(config, output, model, made, (old, new), lr=config.peak_lr if made else base_lr)
+        model.save_pretrained(output / "model")
+        rows.append({"arm": label, "folder": output.relative_to(folder).as_posix(), **figures})
+        del model
+        gc.collect()
     best = min(rows[1:], key=lambda row: row["mean"])
     _keep(folder, best, tokenizer)
     results = {
@@ -115,7 +148,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     return results
 
 
-def _data(config: DemoConfig, folder: Path) -> tuple[PreTrainedTokenizerFast, Domain, Domain]:
+def load_domains(config: DemoConfig, folder: Path) -> tuple[PreTrainedTokenizerFast, Domain, Domain]:
+    """A tokenizer made from the old domain, and the old and the new domain in its tokens."""
     cache = folder / "cache"
     say("reading the old domain: English prose")
     old = english_prose(cache, config.limit)
@@ -157,12 +191,12 @@ def _trainer(arguments: TrainingArguments, model: Any, train: Dataset, plugins: 
     return extend(trainer, _Bar(), *plugins)
 
 
-def _pretrain(config: DemoConfig, folder: Path, old: Domain, tokenizer: Any) -> tuple[Path, float]:
-    """The base model, and the learning rate that its pre-training ended with."""
+def build_model(config: DemoConfig, vocabulary: int, end: int | None) -> LlamaForCausalLM:
+    """A small Llama, initialised by `config.seed`, for `vocabulary` tokens of which `end` ends a document."""
     set_seed(config.seed)
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=vocabulary,
             hidden_size=config.hidden_size,
             intermediate_size=8 * config.hidden_size // 3,
             num_hidden_layers=config.layers,
@@ -170,58 +204,66 @@ def _pretrain(config: DemoConfig, folder: Path, old: Domain, tokenizer: Any) -> 
             max_position_embeddings=config.block_size,
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=end,
         )
     )
+
+
+def pretrain(config: DemoConfig, output: Path, old: Domain, tokenizer: Any) -> tuple[Path, float]:
+    """The base model's folder, in `output`, and the learning rate that its pre-training ended with."""
+    model = build_model(config, len(tokenizer), tokenizer.eos_token_id)
     say(f"pre-training {model.num_parameters():,} parameters on the old domain for {config.pretrain_steps:,} steps")
-    arguments = _arguments(config, folder / "base", config.pretrain_steps, config.peak_lr)
+    (output / "trace.jsonl").unlink(missing_ok=True)
+    arguments = _arguments(config, output, config.pretrain_steps, config.peak_lr)
     trainer = _trainer(arguments, model, old.train, [RewarmCallback(config.peak_lr)])
     trainer.train()
-    trainer.save_model(str(folder / "base" / "model"))
+    trainer.save_model(str(output / "model"))
     schedule = trainer.plugin_run.lr_schedule
-    return folder / "base" / "model", schedule(config.pretrain_steps)
+    return output / "model", schedule(config.pretrain_steps)
 
 
-def _continue(
+def train_arm(
     config: DemoConfig,
-    folder: Path,
-    base: Path,
-    base_lr: float,
-    label: str,
+    output: Path,
+    model: Any,
     plugins: list[TrainerPlugin],
-    old: Domain,
-    new: Domain,
+    domains: tuple[Domain, Domain],
+    *,
+    lr: float,
+    steps: int | None = None,
+    first_steps: str = "dense",
 ) -> dict[str, Any]:
-    """One arm: the base model on the new domain with `plugins`; the arm without any goes on at the old final rate."""
-    output = folder / "arms" / "".join(c if c.isalnum() else "-" for c in label).strip("-").replace("---", "-")
+    """Trains `model` on the new one of `domains` (old, new) with `plugins`, and measures it on both.
+
+    Args:
+        output (`Path`): folder for the trace and the figures; an earlier trace there is removed.
+        steps (`int`, *optional*, defaults to `config.steps`): optimizer steps.
+        first_steps (`str`, *optional*, defaults to `"dense"`): as of [`ForgettingCallback`].
+    """
+    old, new = domains
+    steps = config.steps if steps is None else steps
     (output / "trace.jsonl").unlink(missing_ok=True)
-    model = AutoModelForCausalLM.from_pretrained(base)
     sets = {"old": old.heldout, "new": new.heldout}
-    probe = ForgettingCallback(sets, every=0.1, max_samples=config.heldout_rows)
-    arguments = _arguments(config, output, config.steps, config.peak_lr if plugins else base_lr)
-    trainer = _trainer(arguments, model, new.train, [probe, *plugins])
+    probe = ForgettingCallback(sets, every=0.1, first_steps=first_steps, max_samples=config.heldout_rows)
+    trainer = _trainer(_arguments(config, output, steps, lr), model, new.train, [probe, *plugins])
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began
-    trainer.save_model(str(output / "model"))
     figures: dict[str, Any] = probe.history.summary()
-    row = {
-        "arm": label,
-        "folder": output.relative_to(folder).as_posix(),
-        "old": figures["old"]["final"],
-        "new": figures["new"]["final"],
-        "mean": (figures["old"]["final"] + figures["new"]["final"]) / 2,
+    final = {name: figures[name]["final"] for name in ("old", "new")}
+    if not all(math.isfinite(loss) for loss in final.values()):
+        raise FloatingPointError(f"{output} ended with a loss that is not finite: {final}")
+    return {
+        **final,
+        "mean": (final["old"] + final["new"]) / 2,
         "old_before": figures["old"]["initial"],
         "new_before": figures["new"]["initial"],
         "gap_depth": figures["old"]["gap_depth"],
-        "tokens": config.steps * config.batch_size * config.block_size,
+        "tokens": steps * config.batch_size * config.block_size,
         "counts": trainer.plugin_run.realised(),
         "seconds": round(seconds, 1),
         "forgetting": probe.history.to_json(),
     }
-    del trainer, model
-    gc.collect()
-    return row
 
 
 def _keep(folder: Path, row: dict[str, Any], tokenizer: Any) -> None:
@@ -259,9 +301,6 @@ def table(results: dict[str, Any]) -> list[str]:
 
 def _write(folder: Path, results: dict[str, Any]) -> None:
     histories = {row["arm"]: row.pop("forgetting") for row in results["arms"]}
-    for row in results["arms"]:
-        if not all(math.isfinite(row[key]) for key in ("old", "new")):
-            raise FloatingPointError(f"arm {row['arm']} ended with a loss that is not finite: {row}")
     (folder / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
     (folder / "forgetting.json").write_text(json.dumps(histories, indent=1, ensure_ascii=False), encoding="utf-8")
     lines = table(results)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hf_pretrain_ext import data
-from hf_pretrain_ext.forgetting import WEIGHT, ForgettingConfig, History, heldout_loss, is_probe_step, number_of_probes
+from hf_pretrain_ext.forgetting import WEIGHT, ForgettingConfig, History, heldout_loss, is_probe_step, probe_steps
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
 from hf_pretrain_ext.report.plots import forgetting_plot, have_matplotlib
 from hf_pretrain_ext.rng import rng_guard
@@ -168,11 +168,14 @@ class ForgettingCallback(TrainerPlugin):
     def describe(self) -> list[str]:
         if self.run is None:
             return []
-        probes = number_of_probes(self.run.total_steps, self._every(), self.config.first_steps == "dense")
-        lines = [f"forgetting: {probes} probes of {', '.join(self.datasets)} ({self._rows_text()})"]
+        probes = self.marks(self.run.total_steps)
+        lines = [f"forgetting: {len(probes)} probes of {', '.join(self.datasets)} ({self._rows_text()})"]
         if not have_matplotlib():
             lines.append("forgetting: no forgetting.png without matplotlib; pip install 'hf-pretrain-ext[report]'")
         return lines
+
+    def marks(self, total_steps: int) -> list[int]:
+        return probe_steps(total_steps, self._every(total_steps), dense=self.config.first_steps == "dense")
 
     def _rows_text(self) -> str:
         return ", ".join(f"{min(len(d), self.config.max_samples):,} rows" for d in self._prepared.values())
@@ -218,10 +221,11 @@ class ForgettingCallback(TrainerPlugin):
     def _is_due(self, step: int) -> bool:
         if self.run is None:
             return False
-        return is_probe_step(step, self.run.total_steps, self._every(), dense=self.config.first_steps == "dense")
+        total = self.run.total_steps
+        return is_probe_step(step, total, self._every(total), dense=self.config.first_steps == "dense")
 
-    def _every(self) -> int:
-        return max(to_steps(self.config.every, self.run.total_steps if self.run else 1, "every"), 1)
+    def _every(self, total_steps: int) -> int:
+        return max(to_steps(self.config.every, total_steps or 1, "every"), 1)
 
     def _probe(self, control: Any) -> None:
         run = self.run

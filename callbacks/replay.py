@@ -367,7 +367,8 @@ class ReplayCallback(TrainerPlugin):
             ]
         ratios = [f"{self.config.ratio:g}", *(f"{r:g} from {p}" for p, r in (self.config.ratio_changes or {}).items())]
         if len(ratios) > 1 or self.config.unit == "tokens":
-            exact = "" if self.config.unit == "samples" or plan.unit == "tokens" else " (expected)"
+            known = self.config.unit == "samples" or all(source.lengths is not None for source in plan.sources)
+            exact = "" if known else " (expected)"
             lines.append(f"replay: ratio {', '.join(ratios)} in {self.config.unit}{exact}")
         return lines
 

@@ -1,12 +1,38 @@
-"""The command line: `hf-pretrain-ext demo` and `hf-pretrain-ext plugins`."""
+"""The command line: `hf-pretrain-ext demo | plan | train | report | plugins`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 __all__ = ["main"]
+
+_COMMANDS = {
+    "demo": "the main job on real text, about ten minutes on two cores",
+    "plan": "what a recipe will do: learning rate, mixture, probes, steps and tokens, before training",
+    "train": "train a recipe",
+    "report": "one HTML page from the traces of runs",
+    "plugins": "list the plug-ins that are installed, other packages' too",
+}
+
+_RECIPE = """\
+A recipe is a YAML file:
+
+  model: my-org/my-model            # a name on the Hub, or a folder
+  data: {path: json, data_files: new.jsonl}
+  pack: {block_size: 1024}          # for raw text
+  training: {output_dir: runs/first, num_train_epochs: 1, per_device_train_batch_size: 8, learning_rate: 3e-4}
+  rewarm: {peak_lr: 3e-4}
+  replay: {sources: {general: {path: json, data_files: old.jsonl}}, ratio: 0.05}
+  forgetting: {sets: {general: {path: json, data_files: held_out.jsonl}}}
+
+Further sections: eval_data, trainer (trainer or sft), plan (order, seed, window), and any installed plug-in by its
+name. `training` takes all fields of TrainingArguments (of SFTConfig with `trainer: sft`).
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,19 +47,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("demo", add_help=False, help="the main job on real text, about ten minutes on two cores")
-    commands.add_parser("plugins", add_help=False, help="list the plug-ins that are installed, other packages' too")
+    for name, help_text in _COMMANDS.items():
+        commands.add_parser(name, add_help=False, help=help_text)
     command, rest = parser.parse_args(given[:1]).command, given[1:]
-    return {"demo": _demo, "plugins": _plugins}[command](rest)
+    run = {"demo": _demo, "plan": _plan, "train": _train, "report": _report, "plugins": _plugins}[command]
+    return run(rest)
+
+
+def _parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"hf-pretrain-ext {command}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def _plugins(arguments: list[str]) -> int:
     from hf_pretrain_ext.registry import installed_plugins
 
-    argparse.ArgumentParser(
-        prog="hf-pretrain-ext plugins",
-        description="Lists the plug-ins that are installed: name, class, and what it does.",
-    ).parse_args(arguments)
+    _parser("plugins", "Lists the plug-ins that are installed: name, class, and what it does.").parse_args(arguments)
     for name, plugin in installed_plugins().items():
         summary = (plugin.__doc__ or "").strip().splitlines()[0]
         print(f"{name:<12} {plugin.__module__}.{plugin.__qualname__}\n{'':<12} {summary}")
@@ -48,11 +81,100 @@ def _demo(arguments: list[str]) -> int:
     parser = HfArgumentParser(
         DemoConfig,  # type: ignore[arg-type]  # the parser's annotation knows only generic dataclasses
         prog="hf-pretrain-ext demo",
-        description="Pre-trains a small model on English prose, continues it on another domain in four arms that "
+        description="Pre-trains a small model on English prose, continues it on another domain in several arms that "
         "differ only in plug-ins, and reports what was learned against what was forgotten.",
     )
     (config,) = parser.parse_args_into_dataclasses(arguments)
     run_demo(config)
+    return 0
+
+
+def _recipe_parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = _parser(command, description, _RECIPE)
+    parser.add_argument("recipe", help="the YAML file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="replace a setting of the file, such as training.max_steps=100; may be given again",
+    )
+    return parser
+
+
+def _trainer(options: argparse.Namespace) -> Any:
+    """The extended Trainer of the recipe given; what is wrong with it ends the program in one message."""
+    from hf_pretrain_ext.plugin import PluginError
+    from hf_pretrain_ext.recipe import RecipeError, load_recipe
+
+    try:
+        return load_recipe(options.recipe, options.changes).build()
+    except (FileNotFoundError, PluginError, RecipeError) as error:
+        sys.exit(f"hf-pretrain-ext: {error}")
+
+
+def _plan(arguments: list[str]) -> int:
+    parser = _recipe_parser("plan", "Shows what a recipe will do, without training: a table, and a plot as a PNG.")
+    parser.add_argument("--output", default="plan.png", metavar="FILE", help="the PNG (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    from hf_pretrain_ext.report.plots import have_matplotlib
+
+    trainer = _trainer(options)
+    preview = trainer.preview(options.output if have_matplotlib() and trainer.is_world_process_zero() else None)
+    if trainer.is_world_process_zero():
+        print(preview)
+        print(
+            f"\ndrawn in {options.output}"
+            if have_matplotlib()
+            else "\nno plot without matplotlib: pip install 'hf-pretrain-ext[report]'"
+        )
+    return 0
+
+
+def _train(arguments: list[str]) -> int:
+    parser = _recipe_parser("train", "Trains a recipe. On several devices: torchrun -m hf_pretrain_ext train RECIPE")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=None,
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint folder; without a value, from the newest complete one",
+    )
+    options = parser.parse_args(arguments)
+    trainer = _trainer(options)
+    from hf_pretrain_ext.checkpoint import CheckpointError
+
+    try:
+        trainer.train(resume_from_checkpoint=options.resume)
+    except CheckpointError as error:
+        sys.exit(f"hf-pretrain-ext: {error}")
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        folder = Path(trainer.args.output_dir)
+        (folder / "recipe.yaml").write_bytes(Path(options.recipe).read_bytes())
+        print(f"model, tokenizer and trace in {folder}{os.sep}; hf-pretrain-ext report {folder} makes a page of it")
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    parser = _parser(
+        "report", "Makes one self-contained HTML page from the traces of one or several runs, side by side."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the output_dir of a run, or its trace.jsonl")
+    parser.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: %(default)s)")
+    parser.add_argument(
+        "--label", action="append", dest="labels", metavar="TEXT", help="what to call a run; once for each, in order"
+    )
+    options = parser.parse_args(arguments)
+    from hf_pretrain_ext.report.html import report
+
+    try:
+        report(options.runs, Path(options.output), options.labels)
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        sys.exit(f"hf-pretrain-ext: {error}")
+    print(f"report in {options.output}")
     return 0
 
 

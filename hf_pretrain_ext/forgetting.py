@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from hf_pretrain_ext.units import to_steps
 
-__all__ = ["ForgettingConfig", "History", "heldout_loss", "is_probe_step", "number_of_probes", "summarise"]
+__all__ = ["ForgettingConfig", "History", "heldout_loss", "is_probe_step", "probe_steps", "summarise"]
 
 RECOVERY_MARGIN = 0.01
 """Nats above the initial loss at which a set counts as recovered."""
@@ -74,18 +74,18 @@ def is_probe_step(step: int, total_steps: int, every: int, dense: bool) -> bool:
     return dense and (step <= DENSE or step & (step - 1) == 0)
 
 
-def number_of_probes(total_steps: int, every: int, dense: bool) -> int:
-    """How many steps of a run of `total_steps` steps a probe is due at.
+def probe_steps(total_steps: int, every: int, dense: bool) -> list[int]:
+    """The steps of a run of `total_steps` steps that a probe is due at.
 
     Example:
 
-    >>> number_of_probes(100, 50, dense=True)
-    25
+    >>> probe_steps(40, 15, dense=False)
+    [0, 15, 30, 40]
     """
-    extra = {total_steps}
+    steps = {0, total_steps, *range(0, total_steps + 1, every)}
     if dense:
-        extra |= set(range(1, DENSE + 1)) | {1 << power for power in range(total_steps.bit_length())}
-    return total_steps // every + 1 + sum(step % every != 0 and step <= total_steps for step in extra)
+        steps |= set(range(1, DENSE + 1)) | {1 << power for power in range(total_steps.bit_length())}
+    return sorted(step for step in steps if step <= total_steps)
 
 
 def heldout_loss(

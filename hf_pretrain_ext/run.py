@@ -24,6 +24,7 @@ from hf_pretrain_ext.loader import COUNTS, MARKS, PlanBatchSampler, PlanDataset,
 from hf_pretrain_ext.plan import SamplePlan, Segment
 from hf_pretrain_ext.plan.tokens import Cursor
 from hf_pretrain_ext.plugin import PluginError, Problem, Setup, TrainerPlugin, overrides
+from hf_pretrain_ext.preview import preview_of
 from hf_pretrain_ext.rng import get_rng_state, rng_guard, set_rng_state
 from hf_pretrain_ext.say import say
 from hf_pretrain_ext.streams import StreamMark
@@ -115,6 +116,11 @@ class PluginRun:
         with rng_guard():
             return self._setup.tokens_per_step if self._setup else None
 
+    @property
+    def setup(self) -> Setup:
+        """The Trainer and its plug-ins as `check` sees them."""
+        return self._new_setup(self.plugins)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that the training step runs in."""
         return self.trainer.compute_loss_context_manager()
@@ -185,7 +191,7 @@ class PluginRun:
         wrapping = self.with_hook("wrap_plan")
         if not wrapping:
             return None
-        setup = self._new_setup(self.plugins)
+        setup = self.setup
         plan = setup.new_plan()
         for plugin in wrapping:
             plan = plugin.wrap_plan(plan, setup)
@@ -258,16 +264,9 @@ class PluginRun:
         """Everything before the host's loop: plan, schedule, comparison with the checkpoint, state, trace."""
         self.active = True
         self.plan = self._planned = self.build_plan()
-        trainer = self.trainer
-        self.total_steps, self.steps_per_epoch = 0, 0
-        if self.plan is not None:
-            self.steps_per_epoch, self.total_steps = run_length(trainer.args, self.plan.epoch, self.global_batch)
-        else:
-            self.steps_per_epoch, self.total_steps = self._host_length()
+        self.steps_per_epoch, self.total_steps = self.length_of(self.plan)
         self._fingerprints = self._data()
-        owner = self.owner("schedule")
-        # Zero steps: only the host's own loader will tell, through `set_length`.
-        self.lr_schedule = owner.schedule(trainer.args, self.total_steps) if owner and self.total_steps else None
+        self.lr_schedule = self.schedule_for(self.total_steps)
         sources = len(self.plan.sources) if self.plan else 0
         self._counts = [[0] * 5 for _ in range(sources)]
         self._marks, self._marks_ahead, self._dataset, self._sampler = {}, {}, None, None
@@ -280,6 +279,8 @@ class PluginRun:
         description = [line for plugin in self.plugins for line in plugin.describe()]
         plugins = {plugin.name: plugin.settings() for plugin in self.plugins}
         header = {"plugins": plugins, "identity": self.identity(), "versions": versions(), "describe": description}
+        if self.plugins:
+            header["preview"] = preview_of(self, count_tokens=False).to_json()
         if self.resumed_at is None:
             self._trace.write("start", 0, **header)
         else:
@@ -292,8 +293,18 @@ class PluginRun:
         if (per_epoch, total) == (self.steps_per_epoch, self.total_steps):
             return
         self.steps_per_epoch, self.total_steps = per_epoch, total
+        self.lr_schedule = self.schedule_for(total)
+
+    def length_of(self, plan: SamplePlan | None) -> tuple[int, int]:
+        """Optimizer steps an epoch and in all; zeros where only the host's own loader will tell."""
+        if plan is not None:
+            return run_length(self.trainer.args, plan.epoch, self.global_batch)
+        return self._host_length()
+
+    def schedule_for(self, total_steps: int) -> LRSchedule | None:
+        """The learning rate of a run of `total_steps` steps, if a plug-in owns it and the length is known."""
         owner = self.owner("schedule")
-        self.lr_schedule = owner.schedule(self.trainer.args, total) if owner else None
+        return owner.schedule(self.trainer.args, total_steps) if owner and total_steps else None
 
     def _host_length(self) -> tuple[int, int]:
         """Steps an epoch and steps in all of the training data as it is; zeros where that cannot be known."""

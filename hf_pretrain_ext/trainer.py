@@ -18,6 +18,7 @@ from hf_pretrain_ext import _host, checkpoint
 from hf_pretrain_ext.loader import PlanCollator
 from hf_pretrain_ext.plan.plan import MAX_WINDOW, Order
 from hf_pretrain_ext.plugin import TrainerPlugin
+from hf_pretrain_ext.preview import Preview, preview_of
 from hf_pretrain_ext.run import PluginRun
 from hf_pretrain_ext.schedules import LRSchedule
 
@@ -115,6 +116,24 @@ class PluginTrainerMixin(_Base):
     def plugin_run(self) -> PluginRun:
         """The plug-ins of this Trainer with their plan, counts and trace."""
         return self._plugin_run
+
+    def preview(self, path: str | os.PathLike[str] | None = None) -> Preview:
+        """What `train()` would do now: learning rate, mixture, phases, probes, steps and tokens. Changes nothing.
+
+        Args:
+            path (`str`, *optional*): a PNG file to draw it into.
+
+        Example:
+
+        ```python
+        print(extend(trainer).preview("plan.png"))
+        ```
+        """
+        self._plugin_run.attach(_plugins(self))
+        preview = preview_of(self._plugin_run)
+        if path is not None:
+            preview.save(os.fspath(path))
+        return preview
 
     # The life cycle
 
@@ -265,7 +284,7 @@ class PluginTrainerMixin(_Base):
         if run.eval_scalars:
             logs.update(run.eval_scalars)
         super().log(logs, *args, **kwargs)
-        run.trace("log", scalars=logs)
+        run.trace("log", scalars=logs, **({"counts": run.realised()} if run.plan else {}))
         run.flush()
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,307 @@
+"""Recipes: a whole run as a YAML file, made of the dataclasses that Python code uses.
+
+    model: my-org/my-model          # a name on the Hub, or a folder
+    data: {path: json, data_files: new.jsonl}
+    pack: {block_size: 1024}
+    training: {output_dir: runs/first, num_train_epochs: 1, per_device_train_batch_size: 8, learning_rate: 3e-4}
+    rewarm: {peak_lr: 3e-4}
+    replay: {sources: {general: {path: json, data_files: old.jsonl}}, ratio: 0.05}
+    forgetting: {sets: {general: {path: json, data_files: held_out.jsonl}}}
+
+A key that nobody knows is an error that names the nearest one. Nothing in a recipe or a dataset is executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+import yaml
+
+from hf_pretrain_ext.forgetting import ForgettingConfig
+from hf_pretrain_ext.plan.plan import Order
+from hf_pretrain_ext.replay import ReplayConfig
+from hf_pretrain_ext.schedules import RewarmConfig
+
+if TYPE_CHECKING:
+    from hf_pretrain_ext.trainer import PlanConfig
+
+__all__ = ["DataConfig", "ModelConfig", "PackConfig", "Recipe", "RecipeError", "load_recipe"]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the key, the value and what is allowed."""
+
+
+@dataclass
+class ModelConfig:
+    """The model to go on with."""
+
+    name_or_path: str = field(metadata={"help": "A name on the Hub, or a folder."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights in training; bf16 autocast is `bf16`."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Defaults to the model's own."})
+
+
+@dataclass
+class DataConfig:
+    """Rows for `datasets.load_dataset`."""
+
+    path: str = field(metadata={"help": "A dataset on the Hub, a folder, or a format: json, text, parquet, csv."})
+    name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    split: str = field(default="train", metadata={"help": 'One split, slices allowed: "train[:10%]".'})
+    data_files: str | list[str] | None = field(default=None, metadata={"help": "Files, with a format as path."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    streaming: bool = field(default=False, metadata={"help": "Read as a stream; the run then needs max_steps."})
+    text_column: str = field(default="text", metadata={"help": "Column of raw text, for `pack`."})
+    weight: float | None = field(default=None, metadata={"help": "Of a replay source: its share in what is replayed."})
+
+
+@dataclass
+class PackConfig:
+    """How raw text becomes blocks; see `hf_pretrain_ext.packing.pack`."""
+
+    block_size: int = field(metadata={"help": "Tokens a block."})
+    isolate: bool = field(default=True, metadata={"help": "Keep documents of a block from attending to each other."})
+    remainder: Literal["drop", "pad"] = field(default="drop", metadata={"help": "The last, incomplete block."})
+    seed: int | None = field(default=None, metadata={"help": "Shuffle documents first; None keeps their order."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes to tokenize and cut with."})
+
+
+@dataclass
+class Recipe:
+    """A run: what is in the file, checked as far as it can be without loading model and data."""
+
+    model: ModelConfig
+    data: DataConfig
+    training: dict[str, Any]
+    trainer: Literal["trainer", "sft"] = "trainer"
+    eval_data: DataConfig | None = None
+    pack: PackConfig | None = None
+    plan: dict[str, Any] | None = None
+    rewarm: dict[str, Any] | None = None
+    replay: dict[str, Any] | None = None
+    replay_sources: dict[str, DataConfig] = field(default_factory=dict)
+    forgetting: dict[str, Any] | None = None
+    forgetting_sets: dict[str, DataConfig] = field(default_factory=dict)
+    plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def build(self) -> Any:
+        """The extended Trainer of this recipe: model, tokenizer and data are loaded here.
+
+        Raises:
+            [`~hf_pretrain_ext.PluginError`]: all that is wrong with plug-ins and data.
+        """
+        from hf_pretrain_ext.recipe_build import build
+
+        return build(self)
+
+    def plan_config(self) -> PlanConfig | None:
+        from hf_pretrain_ext.trainer import PlanConfig
+
+        return PlanConfig(**self.plan) if self.plan else None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, with numbers as everybody writes them and no key given twice."""
+
+
+# YAML 1.1 takes 3e-4 for a string: it wants 3.0e-4.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$|^[-+]?\.\d+([eE][-+]?\d+)?$"),
+    list("-+0123456789."),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    found: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in found:
+            raise RecipeError(f"line {key_node.start_mark.line + 1}: {key!r} is given twice")
+        found[key] = loader.construct_object(value_node, deep=True)
+    return found
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path (`str` or `Path`): a YAML file.
+        changes (`Sequence[str]`): settings that replace the file's: `"training.max_steps=100"`.
+
+    Raises:
+        [`RecipeError`]: not YAML, an unknown or missing key, a value of the wrong kind or out of range.
+        `FileNotFoundError`: no such file.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        given = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{path}, {error}") from error
+    if not isinstance(given, dict):
+        raise RecipeError(f"{path} must hold settings by name, got {type(given).__name__}")
+    for change in changes:
+        _apply(given, change)
+    try:
+        return _recipe(given)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def _apply(given: dict[str, Any], change: str) -> None:
+    name, sign, value = change.partition("=")
+    if not sign or not name:
+        raise RecipeError(f"a change reads KEY=VALUE, such as training.max_steps=100; got {change!r}")
+    *sections, last = name.split(".")
+    for section in sections:
+        inner = given.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{change!r}: {section} holds {inner!r}, not settings by name")
+        given = inner
+    given[last] = yaml.load(value, Loader=_Loader)  # a SafeLoader
+
+
+_SECTIONS = ("model", "data", "eval_data", "trainer", "training", "pack", "plan", "rewarm", "replay", "forgetting")
+
+
+def _recipe(given: dict[str, Any]) -> Recipe:
+    plugins = {name: given[name] for name in given if name not in _SECTIONS}
+    if plugins:
+        from hf_pretrain_ext.registry import installed_plugins
+
+        _known(plugins, {*_SECTIONS, *installed_plugins()}, "the recipe")
+    for name in ("model", "data", "training"):
+        if name not in given:
+            raise RecipeError(f"{name} is missing")
+    model = given["model"]
+    recipe = Recipe(
+        model=_made(ModelConfig, {"name_or_path": model} if isinstance(model, str) else model, "model"),
+        data=_made(DataConfig, given["data"], "data"),
+        training=_training(given["training"], given.get("trainer", "trainer")),
+        trainer=given.get("trainer", "trainer"),
+        eval_data=_made(DataConfig, given["eval_data"], "eval_data") if given.get("eval_data") else None,
+        pack=_made(PackConfig, given["pack"], "pack") if given.get("pack") else None,
+        plugins={name: dict(_settings(values or {}, name)) for name, values in plugins.items()},
+    )
+    if given.get("plan"):
+        from hf_pretrain_ext.trainer import PlanConfig
+
+        recipe.plan = dataclasses.asdict(_made(PlanConfig, given["plan"], "plan"))
+    if given.get("rewarm"):
+        _made(RewarmConfig, given["rewarm"], "rewarm")
+        recipe.rewarm = dict(given["rewarm"])
+    if given.get("replay"):
+        recipe.replay, recipe.replay_sources = _with_data(given["replay"], "replay", "sources", ReplayConfig, ())
+    if given.get("forgetting"):
+        recipe.forgetting, recipe.forgetting_sets = _with_data(
+            given["forgetting"], "forgetting", "sets", ForgettingConfig, ("alert_if", "stop_if")
+        )
+    if recipe.trainer == "sft" and recipe.pack:
+        raise RecipeError("pack: SFTTrainer packs by itself; set training.packing and training.max_length instead")
+    return recipe
+
+
+def _with_data(
+    given: Any, section: str, key: str, config: type, more: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, DataConfig]]:
+    """A section that holds datasets by name under `key` beside the settings of `config` and `more`."""
+    settings = dict(_settings(given, section))
+    names = {f.name for f in dataclasses.fields(config)} | {key, *more}
+    _known(settings, names, section)
+    if not settings.get(key):
+        raise RecipeError(f"{section}.{key} is missing: name at least one dataset")
+    data = {
+        str(name): _made(DataConfig, values, f"{section}.{key}.{name}")
+        for name, values in _settings(settings.pop(key), f"{section}.{key}").items()
+    }
+    _made(config, {name: value for name, value in settings.items() if name not in more}, section)
+    return settings, data
+
+
+def _training(given: Any, trainer: Any) -> dict[str, Any]:
+    settings = dict(_settings(given, "training"))
+    if trainer not in ("trainer", "sft"):
+        raise RecipeError(f"trainer must be 'trainer' or 'sft', got {trainer!r}")
+    from hf_pretrain_ext.recipe_build import arguments_class
+
+    cls = arguments_class(trainer)
+    _known(settings, {f.name for f in dataclasses.fields(cls) if f.init}, "training")
+    if "output_dir" not in settings:
+        raise RecipeError("training.output_dir is missing: it says where checkpoints, trace and model go")
+    hints = typing.get_type_hints(cls)
+    return {name: _fitting(value, hints[name], f"training.{name}") for name, value in settings.items()}
+
+
+def _settings(given: Any, section: str) -> Mapping[Any, Any]:
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"{section} must hold settings by name, got {given!r}")
+    return given
+
+
+def _known(given: Mapping[Any, Any], names: set[str], section: str) -> None:
+    for key in given:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(names))}"
+            raise RecipeError(f"{section} has no setting {key!r}: {advice}")
+
+
+def _made(cls: Any, given: Any, section: str) -> Any:
+    """`cls` from settings, with every key known, every value of a fitting kind, and what is needed there."""
+    settings = _settings(given, section)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    _known(settings, set(fields), section)
+    for name, described in fields.items():
+        needed = described.default is dataclasses.MISSING and described.default_factory is dataclasses.MISSING
+        if needed and name not in settings:
+            raise RecipeError(f"{section}.{name} is missing: {described.metadata.get('help', 'it is needed')}")
+    hints = typing.get_type_hints(cls, localns={"Order": Order})
+    values = {name: _fitting(value, hints[name], f"{section}.{name}") for name, value in settings.items()}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{section}: {error}") from error
+
+
+def _fitting(value: Any, hint: Any, name: str) -> Any:
+    """`value` if it is of the kind `hint`; an int where a float is asked for becomes one."""
+    options = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        kind = get_origin(option) or option
+        if kind is Literal and value in get_args(option):
+            return value
+        if option is Any or (option is types.NoneType and value is None):
+            return value
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if kind is str and isinstance(value, int | float) and not isinstance(value, bool) and len(options) <= 2:
+            # Lengths and rates are typed as text, the only form that holds both 0.01 and 500 steps.
+            return value
+        if isinstance(kind, type) and isinstance(value, kind) and not (isinstance(value, bool) and kind is int):
+            return value
+        if isinstance(kind, type) and hasattr(kind, "__members__") and isinstance(value, str):
+            return value
+    allowed = " or ".join(_kind_name(option) for option in options)
+    raise RecipeError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _kind_name(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return " or ".join(repr(value) for value in get_args(option))
+    return "none" if option is types.NoneType else str(getattr(option, "__name__", option))

@@ -16,7 +16,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quality format test-resume test-distributed bench build clean
+.PHONY: help install demo test quality format test-resume test-distributed bench build chromium clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,9 @@ bench: $(STAMP) ## what the plug-ins cost per step
 
 build: $(STAMP) ## sdist and wheel into dist/
 	$(BIN)/python -m build
+
+chromium: ## install the browser that the report's tests look with (Debian, as root)
+	apt-get install -y --no-install-recommends chromium
 
 clean: ## remove what the other targets made, except the environment
 	rm -rf build dist demo_output .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

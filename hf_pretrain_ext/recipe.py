@@ -204,8 +204,14 @@ def _recipe(given: dict[str, Any]) -> Recipe:
 
         recipe.plan = dataclasses.asdict(_made(PlanConfig, given["plan"], "plan"))
     if given.get("rewarm"):
+        from hf_pretrain_ext.callbacks import RewarmCallback
+
         _made(RewarmConfig, given["rewarm"], "rewarm")
         recipe.rewarm = dict(given["rewarm"])
+        try:
+            RewarmCallback(**recipe.rewarm)
+        except ValueError as error:
+            raise RecipeError(f"rewarm: {error}") from error
     if given.get("replay"):
         recipe.replay, recipe.replay_sources = _with_data(given["replay"], "replay", "sources", ReplayConfig, ())
     if given.get("forgetting"):

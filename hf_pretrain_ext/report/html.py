@@ -1,0 +1,141 @@
+"""The report: one self-contained HTML page from the traces of one run or several, side by side."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_pretrain_ext.report.drawing import clean, style
+from hf_pretrain_ext.report.reading import RunRecord
+from hf_pretrain_ext.trace import TRACE_NAME, read_trace
+
+__all__ = ["report"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def report(runs: Sequence[str | Path], output: str | Path, labels: Sequence[str] | None = None) -> Path:
+    """Writes what happened in some runs as one HTML page: plans, rates, losses, mixtures, forgetting, events.
+
+    Every figure comes from the traces. The page needs nothing else: no network, no scripts, no files beside it.
+
+    Args:
+        runs (`list` of `str` or `Path`): folders of runs, or their `trace.jsonl`.
+        output (`str` or `Path`): the page to write, or an existing folder for `report.html`; a missing folder is made.
+        labels (`list[str]`, *optional*): what to call the runs; defaults to the names of their folders. Where two are
+            the same, folders are added.
+
+    Returns:
+        `Path`: the page.
+
+    Raises:
+        `FileNotFoundError`: a folder without a trace.
+        `ImportError`: jinja2 or matplotlib is missing; they come with the extra `report`.
+        `ValueError`: no runs, another number of labels than of runs, or a trace that cannot be read.
+
+    Example:
+
+    ```python
+    report(["runs/plain", "runs/replay"], "report.html", labels=["plain", "with 5 % replay"])
+    ```
+    """
+    _need_extra()
+    runs = [runs] if isinstance(runs, str | Path) else list(runs)
+    records = [
+        RunRecord(clean(label), clean(run), read_trace(run))
+        for run, label in zip(runs, _labels([Path(run) for run in runs], labels), strict=True)
+    ]
+    output = Path(output)
+    output = output / "report.html" if output.is_dir() else output
+    page = _render(records)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(output)
+    return output
+
+
+def _need_extra() -> None:
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("the report needs jinja2 and matplotlib: pip install 'hf-pretrain-ext[report]'") from error
+
+
+def _labels(paths: list[Path], labels: Sequence[str] | None) -> list[str]:
+    """A label for each run, no two the same."""
+    if not paths:
+        raise ValueError("no runs to report on: give at least one folder that holds a trace.jsonl")
+    if labels is None:
+        return _distinct([_folder(path).name for path in paths], [_tail(path, paths) for path in paths])
+    labels = [labels] if isinstance(labels, str) else [str(label) for label in labels]
+    if len(labels) != len(paths):
+        raise ValueError(f"{len(labels)} labels for {len(paths)} runs: give one label a run, or none at all")
+    return _distinct(labels, [f"{label} ({_tail(path, paths)})" for label, path in zip(labels, paths, strict=True)])
+
+
+def _distinct(labels: list[str], longer: list[str]) -> list[str]:
+    """`labels`, the longer form of those that occur twice, and a number where even that does."""
+    seen = Counter(labels)
+    chosen = [label if seen[label] == 1 else other for label, other in zip(labels, longer, strict=True)]
+    taken: Counter[str] = Counter()
+    unique = []
+    for label in chosen:
+        taken[label] += 1
+        unique.append(label if taken[label] == 1 else f"{label} ({taken[label]})")
+    return unique
+
+
+def _folder(path: Path) -> Path:
+    path = path.resolve()
+    return path.parent if path.name == TRACE_NAME and not path.is_dir() else path
+
+
+def _tail(path: Path, paths: list[Path]) -> str:
+    """The last parts of a folder's path, as many as tell it from the folders of the other runs."""
+    folder = _folder(path)
+    others = [other for other in map(_folder, paths) if other != folder]
+    for parts in range(1, len(folder.parts)):
+        tail = folder.parts[-parts:]
+        if all(other.parts[-parts:] != tail for other in others):
+            return "/".join(tail)
+    return str(folder)
+
+
+def _sections(records: list[RunRecord]) -> list[Any]:
+    from hf_pretrain_ext.report import mixture, outcomes, sections
+
+    parts = (
+        *(sections.glance, sections.what_was_run, sections.plan, sections.rates, sections.losses, mixture.mixture),
+        *(outcomes.forgetting, outcomes.events, outcomes.environment, outcomes.unknown),
+    )
+    with style():
+        return [part(records) for part in parts]
+
+
+def _render(records: list[RunRecord]) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # Before escaping: what an HTML page cannot hold.
+        finalize=lambda value: clean(value) if type(value) is str else value,
+    )
+    css = environment.get_template("report.css.j2").render()
+    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    return environment.get_template("report.html.j2").render(
+        runs=records,
+        sections=_sections(records),
+        style=css,
+        # The one style sheet is allowed by its hash; a style or a script that came in with a name would not run.
+        policy=f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+    )

@@ -171,10 +171,10 @@ def _report(arguments: list[str]) -> int:
     from hf_pretrain_ext.report.html import report
 
     try:
-        report(options.runs, Path(options.output), options.labels)
+        page = report(options.runs, Path(options.output), options.labels)
     except (FileNotFoundError, ImportError, ValueError) as error:
         sys.exit(f"hf-pretrain-ext: {error}")
-    print(f"report in {options.output}")
+    print(f"report in {page}")
     return 0
 
 

@@ -53,6 +53,13 @@ CASES = [
     Case(settings.TOGETHER, (13,), {**EPOCHS, "logging_steps": 4, "gradient_accumulation_steps": 3}, rows=83),
     Case(settings.TOGETHER, (3,), {"bf16": True, "dataloader_num_workers": 2}),
     Case(("replay",), (7,), {**EPOCHS, "activation_checkpointing": True}, rows=37),
+    Case(("replay-mixture", "rewarm"), (2, 12), {**EPOCHS, "dataloader_num_workers": 2}, rows=38),
+    Case(("replay-mixture",), (5,), {"gradient_accumulation_steps": 2}),
+    Case(("replay-tokens",), (3, 11), EPOCHS),
+    Case(("replay-tokens", "forgetting"), (4,), {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2}),
+    Case(("replay-stream",), (1, 13), {**EPOCHS, "dataloader_num_workers": 2}, rows=37),
+    Case(("replay-stream", "rewarm"), (3,), {"bf16": True, "gradient_accumulation_steps": 2}),
+    Case(("replay-shuffled-stream",), (4, 12), EPOCHS),
 ]
 
 

@@ -39,6 +39,15 @@ def old_data() -> Any:
     return tiny.rows(50, seed=9)
 
 
+def padded_data() -> Any:
+    """Blocks with a column that says how many of their tokens count, as rows padded beforehand have it."""
+    return old_data().add_column("length", [1 + 7 * number % 16 for number in range(50)])
+
+
+def stream(seed: int = 9) -> Any:
+    return tiny.rows(50, seed=seed).to_iterable_dataset(num_shards=4)
+
+
 ROWS = [
     Row(
         "rewarm",
@@ -67,6 +76,52 @@ ROWS = [
         make=lambda: ReplayCallback(old_data(), ratio=0.2, mode="additional", order="original"),
         wraps_plan=True,
         varied=(lambda: ReplayCallback(old_data(), ratio=0.4, mode="additional", order="original"),),
+    ),
+    Row(
+        "replay-mixture",
+        make=lambda: ReplayCallback(
+            {"old": old_data(), "older": tiny.rows(7, seed=11)},
+            ratio=0.25,
+            weights={"old": 2, "older": 1},
+            ratio_changes={1: 0.5, "60%": 0.125},
+        ),
+        neutral=lambda: ReplayCallback(
+            {"old": old_data(), "older": tiny.rows(7, seed=11)}, ratio=0, allow_no_effect=True
+        ),
+        wraps_plan=True,
+        varied=(
+            lambda: ReplayCallback(
+                {"old": old_data(), "older": tiny.rows(7, seed=11)},
+                ratio=0.25,
+                weights={"old": 1, "older": 2},
+                ratio_changes={1: 0.5, "60%": 0.125},
+            ),
+            lambda: ReplayCallback(
+                {"old": old_data(), "older": tiny.rows(7, seed=11)},
+                ratio=0.25,
+                weights={"old": 2, "older": 1},
+                ratio_changes={1: 0.375, "60%": 0.125},
+            ),
+        ),
+    ),
+    Row(
+        "replay-tokens",
+        make=lambda: ReplayCallback(padded_data(), ratio=0.25, unit="tokens"),
+        wraps_plan=True,
+        varied=(lambda: ReplayCallback(padded_data(), ratio=0.25),),
+    ),
+    Row(
+        "replay-stream",
+        make=lambda: ReplayCallback(stream(), ratio=0.25),
+        neutral=lambda: ReplayCallback(stream(), ratio=0, allow_no_effect=True),
+        wraps_plan=True,
+        varied=(lambda: ReplayCallback(stream(seed=10), ratio=0.25),),
+    ),
+    Row(
+        "replay-shuffled-stream",
+        make=lambda: ReplayCallback(stream().shuffle(seed=1, buffer_size=6), ratio=0.25),
+        wraps_plan=True,
+        varied=(lambda: ReplayCallback(stream().shuffle(seed=2, buffer_size=6), ratio=0.25),),
     ),
     Row("forgetting", make=lambda: ForgettingCallback({"old": tiny.rows(10, seed=9)}, every=2), observer=True),
 ]

@@ -1,0 +1,281 @@
+"""Recipes: what a file means, every way to get it wrong, and whole runs from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+
+from hf_pretrain_ext import read_trace
+from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
+from hf_pretrain_ext.cli import main
+from hf_pretrain_ext.demo.tokenizer import train_tokenizer
+from hf_pretrain_ext.recipe import RecipeError, load_recipe
+
+WORDS = "the cat sat on the mat and the dog ran over the hill to see what the bird had made of it".split()
+
+
+def text(number: int, seed: int) -> list[str]:
+    import random
+
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(5, 40))) for _ in range(number)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, its tokenizer and three small corpora."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = train_tokenizer(text(50, 0), vocab_size=300)
+    model = tiny.model()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, number, seed in (("new", 60, 1), ("old", 40, 2), ("held", 20, 3)):
+        lines = [json.dumps({"text": document}) for document in text(number, seed)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def recipe(world: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    data = {name: {"path": "json", "data_files": str(world / f"{name}.jsonl")} for name in ("new", "old", "held")}
+    return {
+        "model": str(world / "model"),
+        "data": data["new"],
+        "pack": {"block_size": 16},
+        "training": {
+            "output_dir": str(output),
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        },
+        "rewarm": {"peak_lr": 1e-3, "warmup": 2},
+        "replay": {"sources": {"old": data["old"]}, "ratio": 0.25},
+        "forgetting": {"sets": {"old": data["held"]}, "every": 3, "first_steps": "sparse"},
+        **changes,
+    }
+
+
+def written(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def test_a_recipe_is_the_same_settings_as_python(world: Path, tmp_path: Path) -> None:
+    trainer = load_recipe(written(tmp_path / "r.yaml", recipe(world, tmp_path / "out"))).build()
+    rewarm, replay, forgetting = (
+        next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, kind))
+        for kind in (RewarmCallback, ReplayCallback, ForgettingCallback)
+    )
+    assert rewarm.config == RewarmCallback(peak_lr=1e-3, warmup=2).config
+    assert replay.settings() == ReplayCallback({"old": None}, ratio=0.25).settings()
+    assert forgetting.config == ForgettingCallback({"old": []}, every=3, first_steps="sparse").config
+    assert trainer.args.max_steps == 6 and trainer.args.learning_rate == 1e-3
+    assert {len(row["input_ids"]) for row in trainer.train_dataset} == {16}
+
+
+def test_numbers_as_everybody_writes_them(world: Path, tmp_path: Path) -> None:
+    """YAML 1.1 takes 3e-4 for text; here it is a number. Fractions, text with units and later ratios come through."""
+    content = yaml.safe_dump(recipe(world, tmp_path / "out")).replace("peak_lr: 0.001", "peak_lr: 3e-4")
+    content = content.replace(
+        "ratio: 0.25", "ratio: .25\n  unit: tokens\n  ratio_changes: {0.5: 1e-1, 2k tokens: .05}"
+    )
+    made = load_recipe(written(tmp_path / "r.yaml", content), ["training.learning_rate=3e-4", "rewarm.min_lr=5%"])
+    assert made.rewarm == {"peak_lr": 3e-4, "warmup": 2, "min_lr": "5%"}
+    assert made.replay == {"ratio": 0.25, "unit": "tokens", "ratio_changes": {0.5: 0.1, "2k tokens": 0.05}}
+    assert made.training["learning_rate"] == 3e-4
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"replya": {}}, "the recipe has no setting 'replya': did you mean 'replay'?"),
+    ({"pack": {"blocksize": 3}}, "pack has no setting 'blocksize': did you mean 'block_size'?"),
+    ({"pack": {"isolate": True}}, "pack.block_size is missing: Tokens a block."),
+    ({"pack": {"block_size": "many"}}, "pack.block_size must be int, got 'many'"),
+    ({"rewarm": {"peak": 1e-3}}, "rewarm has no setting 'peak': did you mean 'peak_lr'?"),
+    ({"rewarm": {"peak_lr": "high"}}, "rewarm.peak_lr must be float, got 'high'"),
+    ({"rewarm": {"peak_lr": 1e-3, "schedule": "cosin"}}, "cosin"),
+    ({"data": {"path": "json", "datafiles": "x"}}, "data has no setting 'datafiles': did you mean 'data_files'?"),
+    ({"data": None}, "data must hold settings by name, got None"),
+    ({"model": {"revision": "main"}}, "model.name_or_path is missing"),
+    ({"training": {"output_dir": "x", "learning_rat": 1}}, "did you mean 'learning_rate'?"),
+    ({"training": {"max_steps": 3}}, "training.output_dir is missing"),
+    ({"training": {"output_dir": "x", "max_steps": "3 steps"}}, "training.max_steps must be int, got '3 steps'"),
+    ({"trainer": "ppo"}, "trainer must be 'trainer' or 'sft', got 'ppo'"),
+    ({"replay": {"ratio": 0.1}}, "replay.sources is missing"),
+    ({"replay": {"sources": {"a": {"path": "json"}}, "ratio": 2}}, "replay: ratio must be"),
+    ({"replay": {"sources": {"a": {"pth": "json"}}}}, "replay.sources.a has no setting 'pth': did you mean 'path'?"),
+    (
+        {"replay": {"sources": {"a": {"path": "json"}}, "mode": "more"}},
+        "replay.mode must be 'equivalent' or 'additional'",
+    ),
+    ({"forgetting": {"sets": {"a": {"path": "json"}}, "evry": 3}}, "did you mean 'every'?"),
+    ({"plan": {"order": "random"}}, "plan.order must be 'shuffled' or 'original' or 'host', got 'random'"),
+    ({"trainer": "sft"}, "pack: SFTTrainer packs by itself"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_what_is_wrong_is_named(changes: dict[str, Any], message: str, world: Path, tmp_path: Path) -> None:
+    path = written(tmp_path / "r.yaml", recipe(world, tmp_path / "out", **changes))
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    for content, message in (
+        ("a: [", "is not YAML"),
+        ("- a\n- b", "must hold settings by name, got list"),
+        ("model: x\ndata: {path: json}\nmodel: y\n", "line 3: 'model' is given twice"),
+        ("training: {output_dir: x}\ndata: {path: json}", "model is missing"),
+        ("model: !!python/object/apply:os.system ['true']", "is not YAML"),
+    ):
+        with pytest.raises(RecipeError, match=re.escape(message)):
+            load_recipe(written(tmp_path / "r.yaml", content))
+    with pytest.raises(RecipeError, match="KEY=VALUE"):
+        load_recipe(written(tmp_path / "r.yaml", "model: x"), ["training.max_steps"])
+    with pytest.raises(RecipeError, match="model holds 'x', not settings"):
+        load_recipe(written(tmp_path / "r.yaml", "model: x"), ["model.name=y"])
+
+
+def test_raw_text_without_pack_is_explained(world: Path, tmp_path: Path) -> None:
+    content = recipe(world, tmp_path / "out")
+    del content["pack"]
+    with pytest.raises(RecipeError, match=r"hold \['text'\] and no input_ids: add a section"):
+        load_recipe(written(tmp_path / "r.yaml", content)).build()
+
+
+def ended(folder: Path) -> dict[str, Any]:
+    return next(line for line in read_trace(folder) if line["event"] == "end")
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def command(*arguments: Any, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m"]
+    if ranks:
+        start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+    return subprocess.run(
+        [*start, "hf_pretrain_ext", *map(str, arguments)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_plan_train_report(world: Path, tmp_path: Path) -> None:
+    """What a new user types: plan, train, report. The plan is the run's; the page holds its figures."""
+    path = written(tmp_path / "r.yaml", recipe(world, tmp_path / "out"))
+    planned = command("plan", path, "--output", tmp_path / "plan.png")
+    assert planned.returncode == 0, planned.stderr
+    assert "6 optimizer steps of 4 samples: 24 samples, 384 tokens" in planned.stdout
+    assert re.search(r"^old \(replayed\) .* 6 +25\.00% +96 +25\.00%", planned.stdout, re.M)
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "out" / "trace.jsonl").exists()
+
+    trained = command("train", path)
+    assert trained.returncode == 0, trained.stderr
+    end = ended(tmp_path / "out")
+    assert end["counts"]["old"]["tokens"] == 96 and end["step"] == 6
+    assert (tmp_path / "out" / "recipe.yaml").read_text() == path.read_text()
+    assert {"model.safetensors", "tokenizer.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+    made = command("report", tmp_path / "out", "--output", tmp_path / "report.html")
+    assert made.returncode == 0, made.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert "<html" in page and "replay" in page and "forgetting" in page
+
+
+def test_torchrun_trains_the_same_run(world: Path, tmp_path: Path) -> None:
+    """Two ranks of 2 samples see what one rank of 4 sees; one of them prints, plans and writes."""
+    losses = {}
+    for ranks in (0, 2):
+        output = tmp_path / str(ranks)
+        path = written(tmp_path / f"{ranks}.yaml", recipe(world, output))
+        size = ["--set", f"training.per_device_train_batch_size={4 // max(ranks, 1)}"]
+        done = command("train", path, *size, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("makes a page of it") == 1
+        trace = read_trace(output)
+        assert ended(output)["counts"]["old"]["samples"] == 6
+        losses[ranks] = [line["scalars"]["loss"] for line in trace if "loss" in line.get("scalars", {})]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-3) and len(losses[0]) == 6
+
+
+def test_resume_from_the_command_line(world: Path, tmp_path: Path) -> None:
+    path = written(tmp_path / "r.yaml", recipe(world, tmp_path / "out"))
+    saving = ["--set", "training.save_strategy=steps", "--set", "training.save_steps=4"]
+    assert command("train", path, *saving).returncode == 0
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    again = command("train", path, *saving, "--resume", tmp_path / "out" / "checkpoint-4")
+    assert again.returncode == 0, again.stderr
+    assert [line["event"] for line in read_trace(tmp_path / "out")].count("resume") == 1
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    refused = command("train", path, *saving, "--set", "rewarm.peak_lr=5e-3", "--resume")
+    assert refused.returncode == 1 and "hf-pretrain-ext: cannot resume" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_the_sft_trainer_prepares_raw_text(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    content = recipe(world, tmp_path / "out", trainer="sft")
+    del content["pack"]
+    content["training"] |= {"max_length": 32, "bf16": False, "activation_checkpointing": False}
+    trainer = load_recipe(written(tmp_path / "r.yaml", content)).build()
+    assert "SFTTrainer" in type(trainer).__name__
+    trainer.train()
+    assert trainer.plugin_run.realised()["old"]["samples"] == 6
+
+
+def test_errors_of_the_command_line_are_one_message(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path / "r.yaml", recipe(world, tmp_path / "out", replay={"ratio": 0.1}))
+    for arguments, message in (
+        (["plan", str(path)], "replay.sources is missing"),
+        (["train", str(tmp_path / "none.yaml")], "none.yaml"),
+        (["report", str(tmp_path)], "no trace at"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert str(stop.value.code).startswith("hf-pretrain-ext: ") and message in str(stop.value.code)
+
+
+@pytest.mark.parametrize("name", ["demo", "plan", "train", "report", "plugins"])
+def test_help_says_what_to_type(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and shown.startswith(f"usage: hf-pretrain-ext {name}")
+    assert max(len(line) for line in shown.splitlines()) <= 119
+    if name in ("plan", "train"):
+        example = shown.split("A recipe is a YAML file:")[1].split("Further sections")[0]
+        assert {"model", "data", "pack", "training", "rewarm", "replay", "forgetting"} == set(yaml.safe_load(example))
+
+
+def test_the_recipe_in_the_help_and_in_the_module_is_one() -> None:
+    from hf_pretrain_ext import cli, recipe
+
+    examples = [
+        yaml.safe_load(re.search(r"(?m)(^ +\w+: .*\n)+", document or "").group(0))  # type: ignore[union-attr]
+        for document in (cli._RECIPE, recipe.__doc__)
+    ]
+    assert examples[0] == examples[1]

@@ -44,6 +44,24 @@ def draws_per_second() -> dict[str, float]:
     return found
 
 
+def token_draws_per_second() -> dict[str, float]:
+    """The same for shares in tokens, rows of 10 to 2,000 tokens."""
+    from hf_pretrain_ext.plan import SamplePlan, Segment, Source
+
+    found = {}
+    for number in (2, 5, 20):
+        draw = np.random.default_rng(0)
+        sources = tuple(Source(f"s{k}", 200_000, lengths=draw.integers(10, 2_000, 200_000)) for k in range(number))
+        plan = SamplePlan(sources, (Segment(0, tuple(range(1, number + 1))),), seed=1, window=480, unit="tokens")
+        times = []
+        for repeat in range(5):
+            began = time.perf_counter()
+            plan.draws(repeat * 500_000, (repeat + 1) * 500_000)
+            times.append(time.perf_counter() - began)
+        found[f"{number} sources"] = round(0.5 / min(times), 2)
+    return found
+
+
 def skipping_seconds() -> dict[str, float]:
     """Seconds until the host's loader has skipped to a step and the first batch is there, one rank and two."""
     import torch
@@ -184,6 +202,7 @@ def main() -> None:
     os.environ["HF_PRETRAIN_EXT_VERBOSITY"] = "error"
     results = {
         "million draws/s": draws_per_second(),
+        "million draws/s, shares in tokens": token_draws_per_second(),
         "skipping, s": skipping_seconds(),
         "import, s": import_seconds(),
         "throughput": throughput(options.pairs, options.steps),

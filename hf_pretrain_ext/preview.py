@@ -161,7 +161,8 @@ def preview_of(run: PluginRun, count_tokens: bool = True) -> Preview:
 
     Args:
         run ([`PluginRun`]): of an extended Trainer.
-        count_tokens (`bool`): whether rows may be looked at to tell how many tokens they hold.
+        count_tokens (`bool`): whether the lengths of all rows may be read to count tokens; else a sample is, and
+            tokens are estimates.
     """
     with rng_guard():
         plan = run.plan if run.active else run.build_plan()
@@ -223,8 +224,7 @@ def _sources(run: PluginRun, plan: SamplePlan | None, draws: int, count_tokens: 
     if plan is None:
         return ()
     samples = plan.expected_counts(draws)
-    if count_tokens:
-        plan = dataclasses.replace(plan, sources=tuple(_measured(run, source) for source in plan.sources))
+    plan = dataclasses.replace(plan, sources=tuple(_measured(run, source, count_tokens) for source in plan.sources))
     counted = _counted(plan, draws)
     found = []
     for k, source in enumerate(plan.sources):
@@ -245,15 +245,17 @@ def _sources(run: PluginRun, plan: SamplePlan | None, draws: int, count_tokens: 
     return tuple(found)
 
 
-def _measured(run: PluginRun, source: Source) -> Source:
+def _measured(run: PluginRun, source: Source, count: bool) -> Source:
     """The source with the lengths of its rows, or else the mean of some of them."""
     if source.lengths is not None or source.mean_tokens is not None:
         return source
-    if source.num_rows is not None and source.num_rows <= _MEASURED_ROWS:
-        column = getattr(run.trainer.args, "length_column_name", None)
-        lengths = data.row_lengths(source.dataset, column)
+    if count and source.num_rows is not None and source.num_rows <= _MEASURED_ROWS:
+        lengths = data.row_lengths(source.dataset, getattr(run.trainer.args, "length_column_name", None))
         if lengths is not None:
             return dataclasses.replace(source, lengths=lengths)
+    if not count and source.num_rows is None:
+        # Its first rows would have to be fetched again.
+        return source
     return dataclasses.replace(source, mean_tokens=data.mean_tokens(run.setup.sample(source.dataset)))
 
 

@@ -72,6 +72,8 @@ def test_what_it_writes(demo: tuple[Path, str]) -> None:
     histories = json.loads((folder / "forgetting.json").read_text())
     assert len(histories) == 4 and all(set(arm["sets"]) == {"old", "new"} for arm in histories.values())
     assert (folder / "forgetting.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "report.html").read_text()
+    assert all(label.replace("&", "&amp;") in page for label in histories)
     table = (folder / "table.md").read_text()
     assert table in said and table.count("\n") == 7
     with safe_open(folder / "model" / "model.safetensors", framework="pt") as weights:

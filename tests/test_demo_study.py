@@ -182,6 +182,8 @@ def test_the_plot_shows_these_results(made: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from hf_pretrain_ext.report.plots import study_plot
 
+    page = (made / "report.html").read_text()
+    assert all(arm["arm"] in page for arm in results_of(made)["arms"])
     drawn = (made / "study.png").read_bytes()
     assert drawn.startswith(b"\x89PNG")
     results = results_of(made)

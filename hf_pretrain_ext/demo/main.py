@@ -105,8 +105,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 def run_quick(config: DemoConfig) -> dict[str, Any]:
     """Four arms of one seed.
 
-    Writes `results.json`, `table.md`, `forgetting.json` and `forgetting.png` (all arms), a folder an arm with its own
-    `forgetting.json`, `trace.jsonl` and plot, and the adapted model with its tokenizer in `model/`.
+    Writes `report.html`, `results.json`, `table.md`, `forgetting.json` and `forgetting.png` (all arms), a folder an
+    arm with its own `forgetting.json`, `trace.jsonl` and plot, and the adapted model with its tokenizer in `model/`.
     """
     began = time.perf_counter()
     folder = Path(config.output)
@@ -272,6 +272,16 @@ def _keep(folder: Path, row: dict[str, Any], tokenizer: Any) -> None:
     tokenizer.save_pretrained(folder / "model")
 
 
+def write_page(folder: Path, runs: dict[str, str]) -> None:
+    """`report.html`: the runs side by side, folders below `folder` by label; without the extra, a line says so."""
+    from hf_pretrain_ext.report.html import report
+
+    try:
+        report([folder / run for run in runs.values()], folder / "report.html", list(runs))
+    except ImportError as error:
+        say(f"no report.html: {error}")
+
+
 LOADING = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -307,8 +317,10 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if have_matplotlib():
         forgetting_plot(histories, folder / "forgetting.png", title=f"{results['new']}")
+    write_page(folder, {row["arm"]: row["folder"] for row in results["arms"]})
     loading = LOADING.format(folder=folder / "model")
     (folder / "load.py").write_text(loading, encoding="utf-8")
     print("\n" + "\n".join(lines))
-    print(f"\nheld-out losses in nats per token; {results['seconds']:.0f} s in all; results in {folder}/")
+    print(f"\nheld-out losses in nats per token; {results['seconds']:.0f} s in all")
+    print(f"results in {folder}/: report.html (open it in a browser), table.md, forgetting.png, results.json")
     print(f"the arm kept in {folder}/model: {results['kept']}. To load it:\n\n{loading}")

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import hf_pretrain_ext
 from hf_pretrain_ext import TrainerPlugin
 from hf_pretrain_ext.callbacks import ReplayCallback, RewarmCallback
-from hf_pretrain_ext.demo.main import DemoConfig, Domain, build_model, load_domains, pretrain, train_arm
+from hf_pretrain_ext.demo.main import DemoConfig, Domain, build_model, load_domains, pretrain, train_arm, write_page
 from hf_pretrain_ext.report.plots import have_matplotlib, study_plot
 from hf_pretrain_ext.say import say
 from hf_pretrain_ext.trace import versions
@@ -183,9 +183,9 @@ class _Study:
 def run_study(config: DemoConfig) -> dict[str, Any]:
     """Trains what is missing, and returns what `results.json` holds.
 
-    Writes into `config.output`: `results.json`, `table.md`, `study.png`, and a folder a seed with a folder a model,
-    which holds its `trace.jsonl`, `forgetting.json` and `result.json` (figures and settings). Losses are of the last
-    probe.
+    Writes into `config.output`: `results.json`, `table.md`, `study.png`, `report.html` (the arms of the first seed),
+    and a folder a seed with a folder a model, which holds its `trace.jsonl`, `forgetting.json` and `result.json`
+    (figures and settings). Losses are of the last probe.
     """
     began = time.perf_counter()
     folder = Path(config.output)
@@ -344,6 +344,7 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
         study_plot(results, folder / "study.png")
     else:
         say("no study.png without matplotlib; pip install 'hf-pretrain-ext[report]', and run this again to draw it")
+    write_page(folder, {arm["arm"]: arm["runs"][0]["folder"] for arm in results["arms"]})
     print("\n" + "\n".join(lines))
     print(f"\nheld-out losses in nats per token, mean ± {results['interval']}")
     print(f"{results['seconds']:.0f} s in this session; results, table and figure in {folder}/")

@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,6 +32,14 @@ def test_there_is_a_block_to_paste() -> None:
     assert len(BLOCKS) == 1
     code = [line for line in BLOCKS[0].splitlines() if line and not line.startswith(("import", "from"))]
     assert len(code) <= 12
+
+
+def test_the_recipe_is_the_one_of_the_help() -> None:
+    from hf_pretrain_ext.cli import _RECIPE
+
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    shown = _RECIPE.split("A recipe is a YAML file:")[1].split("Further sections")[0]
+    assert yaml.safe_load(block) == yaml.safe_load(shown)
 
 
 def test_links_lead_somewhere() -> None:

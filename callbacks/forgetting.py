@@ -210,8 +210,7 @@ class ForgettingCallback(TrainerPlugin):
         self._write()
         self.run.trace("forgetting", summary=self.history.summary())
         self.run.say("\n".join(self.history.table()))
-        if have_matplotlib():
-            forgetting_plot({"this run": self.history.to_json()}, Path(self.run.output_dir) / "forgetting.png")
+        self._draw()
 
     def eval_metrics(self) -> dict[str, float]:
         if self.run is not None:
@@ -294,10 +293,24 @@ class ForgettingCallback(TrainerPlugin):
         if self.run is None:
             return
         folder = Path(self.run.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(plain(self.history.to_json()), indent=1, allow_nan=False)
         temporary = folder / "forgetting.json.tmp"
-        temporary.write_text(json.dumps(plain(self.history.to_json()), indent=1, allow_nan=False), encoding="utf-8")
-        temporary.replace(folder / "forgetting.json")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(folder / "forgetting.json")
+        except OSError as error:
+            # The figures are in memory and in every checkpoint: no reason to lose the run.
+            self.run.say(f"forgetting.json cannot be written ({error})", logging.WARNING)
+
+    def _draw(self) -> None:
+        if self.run is None or not have_matplotlib():
+            return
+        path = Path(self.run.output_dir) / "forgetting.png"
+        try:
+            forgetting_plot({"this run": self.history.to_json()}, path)
+        except OSError as error:
+            self.run.say(f"{path} cannot be written ({error})", logging.WARNING)
 
 
 def _is_empty(dataset: Any) -> bool:

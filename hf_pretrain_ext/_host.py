@@ -5,6 +5,7 @@ Each is here because no public one does the job; `tests/test_host.py` fails when
 Overridden in `PluginTrainerMixin`:
     Trainer._maybe_log_save_evaluate   the only moment after the host's log line and before its save
     Trainer._save_checkpoint           the SIGTERM checkpoint calls it directly; `on_save` comes after push and pruning
+    Trainer._get_grad_norm             the norm of a step's gradients, which the host computes anyway
     Trainer._hp_search_setup           the moment in train() at which the arguments, a search's included, are settled
     Trainer._load_rng_state            the random state of a resume is in place, and the next draw belongs to training
     Trainer._save_rng_state            the last file that every rank writes: the barrier before the manifest goes here
@@ -49,6 +50,7 @@ __all__ = [
 
 PRIVATE = {
     "Trainer": (
+        "_get_grad_norm",
         "_hp_search_setup",
         "_load_rng_state",
         "_maybe_log_save_evaluate",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,31 @@ def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[
             return path, skipped
         skipped.append((path, faults[0]))
     return None, skipped
+
+
+def is_writing_failure(error: BaseException) -> bool:
+    """Whether an error says that files could not be written, whichever library says it."""
+    import safetensors
+
+    text = str(error)
+    by_name = isinstance(error, RuntimeError) and any(
+        part in text for part in ("PytorchStreamWriter", "inline_container", "iostream")
+    )
+    return isinstance(error, OSError | safetensors.SafetensorError) or by_name
+
+
+def writing_failure(folder: str | Path, error: BaseException) -> str:
+    """What to say when the checkpoint `folder` could not be written."""
+    folder = Path(folder)
+    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    newest, _ = last_complete_checkpoint(folder.parent)
+    kept = f"The newest complete checkpoint is {newest}, which is intact" if newest else "There is no complete one yet"
+    return (
+        f"the checkpoint {folder} could not be written ({type(error).__name__}: {error}); {free / 1e9:.3g} GB are "
+        f"free there. Training stops here. {kept}. Make room, or set output_dir to a place that can be written, and "
+        "resume with resume_from_checkpoint=True."
+    )
 
 
 def resolve(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> tuple[str | None, list[str]]:

@@ -30,8 +30,9 @@ A recipe is a YAML file:
   replay: {sources: {general: {path: json, data_files: old.jsonl}}, ratio: 0.05}
   forgetting: {sets: {general: {path: json, data_files: held_out.jsonl}}}
 
-Further sections: eval_data, trainer (trainer or sft), plan (order, seed, window), and any installed plug-in by its
-name. `training` takes all fields of TrainingArguments (of SFTConfig with `trainer: sft`).
+Further sections: eval_data, trainer (trainer or sft), plan (order, seed, window), on_nonfinite (report, stop or skip),
+and any installed plug-in by its name. `training` takes all fields of TrainingArguments (of SFTConfig with
+`trainer: sft`).
 """
 
 

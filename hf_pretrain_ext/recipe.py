@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import yaml
 
 from hf_pretrain_ext.forgetting import ForgettingConfig
+from hf_pretrain_ext.nonfinite import Action
 from hf_pretrain_ext.plan.plan import Order
 from hf_pretrain_ext.replay import ReplayConfig
 from hf_pretrain_ext.schedules import RewarmConfig
@@ -93,6 +94,7 @@ class Recipe:
     forgetting: dict[str, Any] | None = None
     forgetting_sets: dict[str, DataConfig] = field(default_factory=dict)
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
+    on_nonfinite: Action = "report"
 
     def build(self) -> Any:
         """The extended Trainer of this recipe: model, tokenizer and data are loaded here.
@@ -177,7 +179,10 @@ def _apply(given: dict[str, Any], change: str) -> None:
     given[last] = yaml.load(value, Loader=_Loader)  # a SafeLoader
 
 
-_SECTIONS = ("model", "data", "eval_data", "trainer", "training", "pack", "plan", "rewarm", "replay", "forgetting")
+_SECTIONS = (
+    *("model", "data", "eval_data", "trainer", "training", "pack", "plan", "on_nonfinite"),
+    *("rewarm", "replay", "forgetting"),
+)
 
 
 def _recipe(given: dict[str, Any]) -> Recipe:
@@ -190,7 +195,11 @@ def _recipe(given: dict[str, Any]) -> Recipe:
         if name not in given:
             raise RecipeError(f"{name} is missing")
     model = given["model"]
+    actions = get_args(Action)
+    if given.get("on_nonfinite", "report") not in actions:
+        raise RecipeError(f"on_nonfinite must be one of {actions}, got {given['on_nonfinite']!r}")
     recipe = Recipe(
+        on_nonfinite=given.get("on_nonfinite", "report"),
         model=_made(ModelConfig, {"name_or_path": model} if isinstance(model, str) else model, "model"),
         data=_made(DataConfig, given["data"], "data"),
         training=_training(given["training"], given.get("trainer", "trainer")),

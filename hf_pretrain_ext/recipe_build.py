@@ -48,7 +48,7 @@ def build(recipe: Recipe) -> Any:
         processing_class=tokenizer,
         **_collator(recipe, train, tokenizer),
     )
-    return extend(trainer, *callbacks, plan=recipe.plan_config())
+    return extend(trainer, *callbacks, plan=recipe.plan_config(), on_nonfinite=recipe.on_nonfinite)
 
 
 def _revision(recipe: Recipe) -> str | None:

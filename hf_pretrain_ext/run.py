@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from hf_pretrain_ext.data import fingerprint, is_map_style
 from hf_pretrain_ext.identity import compare, compared_arguments
 from hf_pretrain_ext.lengths import host_length, run_length
 from hf_pretrain_ext.loader import COUNTS, MARKS, PlanBatchSampler, PlanDataset, private_copy
+from hf_pretrain_ext.nonfinite import NonFiniteWatch
 from hf_pretrain_ext.plan import SamplePlan, Segment
 from hf_pretrain_ext.plan.tokens import Cursor
 from hf_pretrain_ext.plugin import PluginError, Problem, Setup, TrainerPlugin, overrides
@@ -69,6 +71,8 @@ class PluginRun:
         self._dataset: PlanDataset | None = None
         self._sampler: PlanBatchSampler | None = None
         self._planned: SamplePlan | None = None
+        self.nonfinite = NonFiniteWatch(self)
+        self._opened_trace: Trace | None = None
 
     # What a plug-in may use
 
@@ -156,7 +160,9 @@ class PluginRun:
 
     @property
     def _trace(self) -> Trace:
-        return Trace(self.output_dir, enabled=self.is_main)
+        if self._opened_trace is None or self._opened_trace.path.parent != Path(self.output_dir):
+            self._opened_trace = Trace(self.output_dir, enabled=self.is_main)
+        return self._opened_trace
 
     def owner(self, method: str) -> TrainerPlugin | None:
         return next((plugin for plugin in self.plugins if overrides(plugin, method)), None)
@@ -272,6 +278,7 @@ class PluginRun:
         self._marks, self._marks_ahead, self._dataset, self._sampler = {}, {}, None, None
         self._committed = self._uncommitted = None
         self._pending, self._restored, self._before_step, self.resumed_at = {}, None, None, None
+        self.nonfinite.begin()
         for plugin in self.plugins:
             plugin.begin()
         if resume_from is not None:
@@ -333,6 +340,7 @@ class PluginRun:
                 "schedule": self.lr_schedule.identity() if self.lr_schedule else None,
                 "data": self._fingerprints,
                 "global_batch": self.global_batch,
+                "on_nonfinite": self.nonfinite.action,
                 "total_steps": self.total_steps,
                 "arguments": arguments,
             }

@@ -7,6 +7,7 @@ and what an interrupted session had written beyond that step no longer counts: `
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
@@ -14,6 +15,8 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from hf_pretrain_ext.say import say
 
 __all__ = ["TRACE_NAME", "Trace", "read_trace", "versions"]
 
@@ -54,20 +57,37 @@ def plain(value: Any) -> Any:
 
 
 class Trace:
-    """Appends events to `folder`/trace.jsonl; on every rank but the first it writes nothing."""
+    """Appends events to `folder`/trace.jsonl; on every rank but the first it writes nothing.
+
+    Where the file cannot be written (a full disk), lines wait in memory for the next event: a record is not worth the
+    run that it records.
+    """
 
     def __init__(self, folder: str | Path, enabled: bool = True):
         self.path = Path(folder) / TRACE_NAME
         self.enabled = enabled
+        self.waiting: list[str] = []
 
     def write(self, event: str, step: int, **data: Any) -> None:
         if not self.enabled:
             return
         line = json.dumps({"event": event, "step": step, **plain(data)}, ensure_ascii=False, allow_nan=False)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            # A kill may have left half a line: the next event starts one of its own.
-            file.write(("\n" if self._torn() else "") + line + "\n")
+        self.waiting.append(line + "\n")
+        size = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            size = self.path.stat().st_size if self.path.exists() else 0
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                # A kill may have left half a line: the next event starts one of its own.
+                file.write(("\n" if self._torn() else "") + "".join(self.waiting))
+        except OSError as error:
+            if len(self.waiting) == 1:
+                say(f"{self.path} cannot be written ({error}); its lines wait in memory", logging.WARNING)
+            if size is not None and self.path.exists():
+                # What did get written is written again later, whole.
+                os.truncate(self.path, size)
+            return
+        self.waiting.clear()
 
     def _torn(self) -> bool:
         if not self.path.stat().st_size:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
+import torch
 from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -16,6 +17,7 @@ from transformers.trainer_utils import seed_worker
 
 from hf_pretrain_ext import _host, checkpoint
 from hf_pretrain_ext.loader import PlanCollator
+from hf_pretrain_ext.nonfinite import Action, NonFiniteWatch
 from hf_pretrain_ext.plan.plan import MAX_WINDOW, Order
 from hf_pretrain_ext.plugin import TrainerPlugin
 from hf_pretrain_ext.preview import Preview, preview_of
@@ -85,6 +87,9 @@ class _Conductor(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.on_epoch_begin()
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.nonfinite.before_update(kwargs["model"], control)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.commit()
         if control.should_log:
@@ -101,15 +106,16 @@ class _Conductor(TrainerCallback):
 class PluginTrainerMixin(_Base):
     """Makes a Trainer class honour what plug-ins wrap: `class MyTrainer(PluginTrainerMixin, SFTTrainer): ...`.
 
-    Takes the Trainer's arguments and `plan` ([`PlanConfig`], *optional*). `extend` gives the same to a Trainer that
-    exists already.
+    Takes the Trainer's arguments, `plan` ([`PlanConfig`], *optional*) and `on_nonfinite`. `extend` gives the same to a
+    Trainer that exists already.
     """
 
     _plugin_run: PluginRun
 
-    def __init__(self, *args: Any, plan: PlanConfig | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, plan: PlanConfig | None = None, on_nonfinite: Action = "report", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._plugin_run = PluginRun(self, plan or PlanConfig())
+        self._plugin_run.nonfinite = NonFiniteWatch(self._plugin_run, on_nonfinite)
         self._plugin_run.attach(_plugins(self))
 
     @property
@@ -271,6 +277,16 @@ class PluginTrainerMixin(_Base):
             _host.claim_scheduler(self)
         return self.lr_scheduler
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._plugin_run.nonfinite.loss(loss)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self._plugin_run.nonfinite.gradient_norm(norm)
+        return norm
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         compute: Callable[..., Any] = super().compute_loss
         for plugin in self._plugin_run.with_hook("wrap_loss"):
@@ -320,8 +336,7 @@ class PluginTrainerMixin(_Base):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run = self._plugin_run
         run.prepare_save()
-        if self.args.should_save:
-            checkpoint.invalidate(_host.checkpoint_folder(self, trial))
+        folder = _host.checkpoint_folder(self, trial)
         write = self.state.save_to_json
 
         def write_with_ours(path: str) -> None:
@@ -331,7 +346,13 @@ class PluginTrainerMixin(_Base):
         # The one moment after all of the host's files and before its push and its rotation of old checkpoints.
         cast(Any, self.state).save_to_json = write_with_ours
         try:
+            if self.args.should_save:
+                checkpoint.invalidate(folder)
             super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if not checkpoint.is_writing_failure(error):
+                raise
+            raise checkpoint.CheckpointError(checkpoint.writing_failure(folder, error)) from error
         finally:
             del self.state.save_to_json
 
@@ -360,7 +381,12 @@ def _rebuild(base: type) -> Any:
     return object.__new__(_extended(base))
 
 
-def extend(trainer: T, *callbacks: TrainerCallback | type[TrainerCallback], plan: PlanConfig | None = None) -> T:
+def extend(
+    trainer: T,
+    *callbacks: TrainerCallback | type[TrainerCallback],
+    plan: PlanConfig | None = None,
+    on_nonfinite: Action | None = None,
+) -> T:
     """Lets the plug-ins among a Trainer's callbacks do more than a callback can. Returns the same object.
 
     The trainer is given a subclass of its own class; nothing is patched globally, and `isinstance` still holds. All
@@ -371,6 +397,9 @@ def extend(trainer: T, *callbacks: TrainerCallback | type[TrainerCallback], plan
         trainer (`transformers.Trainer`): or a subclass: `Seq2SeqTrainer`, TRL's `SFTTrainer`, one of your own.
         callbacks (`TrainerCallback`): more callbacks to add.
         plan ([`PlanConfig`], *optional*): order, seed and window of the sample plan.
+        on_nonfinite (`str`, *optional*, defaults to `"report"`): what to do about a loss or gradients that are NaN or
+            infinite. They are always reported and traced, with the step and the rows that were read; `"skip"` leaves
+            that update out, `"stop"` leaves it out, saves if saving is on, and ends training.
 
     Raises:
         [`PluginError`]: all that is wrong with the plug-ins in this set-up.
@@ -391,6 +420,7 @@ def extend(trainer: T, *callbacks: TrainerCallback | type[TrainerCallback], plan
     known = getattr(trainer, "_plugin_run", None)
     run = known or PluginRun(trainer, PlanConfig())
     kept = run.plan_config
+    watch = NonFiniteWatch(run, on_nonfinite) if on_nonfinite is not None else run.nonfinite
     run.plan_config = plan or kept
     try:
         run.attach([*_plugins(trainer), *(callback for callback in fresh if isinstance(callback, TrainerPlugin))])
@@ -399,6 +429,7 @@ def extend(trainer: T, *callbacks: TrainerCallback | type[TrainerCallback], plan
         raise
     if not isinstance(trainer, PluginTrainerMixin):
         trainer.__class__ = _extended(type(trainer))
+    run.nonfinite = watch
     cast(Any, trainer)._plugin_run = run
     for callback in fresh:
         trainer.add_callback(callback)

@@ -54,6 +54,7 @@ SIGNATURES = {
         "start_time",
         "learning_rate",
     ],
+    "Trainer._get_grad_norm": ["model", "grad_norm"],
     "Trainer._hp_search_setup": ["trial"],
     "Trainer._load_rng_state": ["checkpoint"],
     "Trainer._save_checkpoint": ["model", "trial"],

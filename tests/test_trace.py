@@ -23,6 +23,40 @@ from hf_pretrain_ext.trace import TRACE_NAME, Trace, plain, read_trace, versions
 PROPERTY = settings(max_examples=60, derandomize=True, deadline=None)
 
 
+def test_lines_wait_for_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a line gets written, then nothing more: once there is room, every event is there, once and in order."""
+    trace = Trace(tmp_path)
+    trace.write("start", 0)
+    real = Path.open
+
+    class Full:
+        def __init__(self, file: Any):
+            self.file = file
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *given: Any) -> None:
+            self.file.close()
+
+        def write(self, text: str) -> None:
+            self.file.write(text[:7])
+            self.file.flush()
+            raise OSError(28, "No space left on device")
+
+    def full(self: Path, mode: str = "r", *given: Any, **named: Any) -> Any:
+        opened = real(self, mode, *given, **named)
+        return Full(opened) if mode == "a" else opened
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        trace.write("log", 1)
+        trace.write("log", 2)
+        assert [line["step"] for line in read_trace(tmp_path)] == [0]
+    trace.write("log", 3)
+    assert [line["step"] for line in read_trace(tmp_path)] == [0, 1, 2, 3]
+
+
 def strict(text: str) -> Any:
     """JSON as every parser reads it: NaN and Infinity, which Python's alone accepts, are refused."""
 

@@ -149,6 +149,15 @@ def _effective(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if event["event"] == "start":
             kept = []
         elif event["event"] == "resume":
-            kept = [old for old in kept if old["step"] <= event["step"] and old["event"] != "end"]
+            kept = _until(kept, event["step"])
         kept.append(event)
     return kept
+
+
+def _until(events: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """What a checkpoint of `step` knows of: what came after its save, in the same step too, will be done again."""
+    saves = [n for n, event in enumerate(events) if event["event"] == "save" and event["step"] == step]
+    if saves:
+        return events[: saves[-1] + 1]
+    # A kill came between the save and its line here.
+    return [event for event in events if event["step"] <= step and event["event"] not in ("end", "forgetting")]

@@ -8,6 +8,7 @@ VENV ?= .venv
 DEMO_SCALE ?= quick
 DEMO_ARGS ?=
 PYTEST_WORKERS ?= 2
+KILLS ?= 20
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -16,7 +17,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quality format test-resume test-distributed bench build chromium clean
+.PHONY: help install demo test quality format test-resume test-distributed test-kill bench build chromium clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +55,9 @@ test-resume: $(STAMP) ## the full product of exact-resume cases
 
 test-distributed: $(STAMP) ## every test that starts several ranks, one after another
 	$(PYTEST) -m distributed
+
+test-kill: $(STAMP) ## kill runs at random moments: KILLS=20 for each of six settings
+	KILLS=$(KILLS) $(PYTEST) -s -m kill
 
 bench: $(STAMP) ## what the plug-ins cost per step
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/overhead.py

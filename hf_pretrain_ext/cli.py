@@ -16,6 +16,7 @@ _COMMANDS = {
     "plan": "what a recipe will do: learning rate, mixture, probes, steps and tokens, before training",
     "train": "train a recipe",
     "report": "one HTML page from the traces of runs",
+    "kill-test": "kill a recipe's run at random moments, and see that it comes to the same end",
     "plugins": "list the plug-ins that are installed, other packages' too",
 }
 
@@ -51,7 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, help_text in _COMMANDS.items():
         commands.add_parser(name, add_help=False, help=help_text)
     command, rest = parser.parse_args(given[:1]).command, given[1:]
-    run = {"demo": _demo, "plan": _plan, "train": _train, "report": _report, "plugins": _plugins}[command]
+    run = {
+        "demo": _demo,
+        "plan": _plan,
+        "train": _train,
+        "report": _report,
+        "kill-test": _kill_test,
+        "plugins": _plugins,
+    }[command]
     return run(rest)
 
 
@@ -141,12 +149,15 @@ def _train(arguments: list[str]) -> int:
         const=True,
         default=None,
         metavar="CHECKPOINT",
-        help="go on from a checkpoint folder; without a value, from the newest complete one",
+        help="go on from a checkpoint folder; without a value, from the newest complete one; 'auto': likewise, or "
+        "from the start where there is none",
     )
     options = parser.parse_args(arguments)
     trainer = _trainer(options)
-    from hf_pretrain_ext.checkpoint import CheckpointError
+    from hf_pretrain_ext.checkpoint import CheckpointError, last_complete_checkpoint
 
+    if options.resume == "auto":
+        options.resume = last_complete_checkpoint(trainer.args.output_dir)[0] is not None
     try:
         trainer.train(resume_from_checkpoint=options.resume)
     except CheckpointError as error:
@@ -177,6 +188,43 @@ def _report(arguments: list[str]) -> int:
         sys.exit(f"hf-pretrain-ext: {error}")
     print(f"report in {page}")
     return 0
+
+
+def _kill_test(arguments: list[str]) -> int:
+    parser = _recipe_parser(
+        "kill-test",
+        "Trains a recipe twice: once left alone, once killed (SIGKILL) at random moments, during saves too, and "
+        "resumed until it is done. Then compares weights, optimizer, schedule, counts and logs, bit for bit.",
+    )
+    parser.add_argument("--kills", type=int, default=10, help="how often to kill (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60, help="kills come up to this long after a start")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--output", default="kill_test", metavar="FOLDER", help="for both runs (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    from hf_pretrain_ext.kill_test import CommandProcess, compare_runs, kill_until_done
+    from hf_pretrain_ext.recipe import RecipeError, load_recipe
+
+    try:
+        load_recipe(options.recipe, options.changes)
+    except (FileNotFoundError, RecipeError) as error:
+        sys.exit(f"hf-pretrain-ext: {error}")
+    folders = [Path(options.output) / name for name in ("alone", "killed")]
+    if any(folder.exists() for folder in folders):
+        sys.exit(f"hf-pretrain-ext: {options.output} holds an earlier test; name another --output, or remove it")
+    changes = [part for change in options.changes for part in ("--set", change)]
+
+    def start(folder: Path) -> CommandProcess:
+        place = ["--set", f"training.output_dir={folder}", "--resume", "auto"]
+        return CommandProcess(["train", options.recipe, *changes, *place], Path(f"{folder}.log"))
+
+    if start(folders[0]).exit_code():
+        sys.exit(f"hf-pretrain-ext: the recipe does not train; see {folders[0]}.log")
+    report = kill_until_done(
+        lambda: start(folders[1]), folders[1], options.kills, seed=options.seed, seconds=options.seconds
+    )
+    report.differences = compare_runs(*folders)
+    print(report)
+    return 1 if report.differences else 0
 
 
 if __name__ == "__main__":

@@ -9,9 +9,13 @@ goes on from the newest complete checkpoint there.
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +23,7 @@ from typing import Any, Protocol
 from hf_pretrain_ext.checkpoint import STATE_FOLDER, find_faults, last_complete_checkpoint, read_state
 from hf_pretrain_ext.trace import read_trace
 
-__all__ = ["KillReport", "Process", "compare_runs", "kill_until_done"]
+__all__ = ["CommandProcess", "KillReport", "Process", "compare_runs", "kill_until_done"]
 
 _POLL = 0.0005
 _TIMINGS = ("runtime", "per_second", "total_flos", "seconds")
@@ -50,6 +54,32 @@ class KillReport:
             "equal to the run left alone" if not self.differences else "DIFFERENT: " + "; ".join(self.differences)
         )
         return f"{self.kills} kills ({self.in_save} inside a save), {self.starts} starts: {verdict}"
+
+
+class CommandProcess:
+    """`python -m hf_pretrain_ext` with `arguments` in a process group of its own; what it prints goes to `log`."""
+
+    def __init__(self, arguments: Sequence[str], log: Path):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "hf_pretrain_ext", *arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def exit_code(self) -> int | None:
+        return self.process.wait()
+
+    def kill(self) -> None:
+        # With its data workers, which would otherwise live on and hold files.
+        if self.running():
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def _saving(folder: Path) -> Path | None:

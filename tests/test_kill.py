@@ -35,6 +35,7 @@ def test_a_few_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.kill
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_many_kills(case: str, tmp_path: Path) -> None:
     report = killed(case, tmp_path, kills=int(os.environ.get("KILLS", "20")), seed=len(case))

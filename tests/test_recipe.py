@@ -234,6 +234,16 @@ def test_resume_from_the_command_line(world: Path, tmp_path: Path) -> None:
     assert "Traceback" not in refused.stderr
 
 
+def test_kill_test_of_a_recipe(world: Path, tmp_path: Path) -> None:
+    """For users: the run of their recipe, killed once and compared; and a recipe that cannot train."""
+    path = written(tmp_path / "r.yaml", recipe(world, tmp_path / "out"))
+    saving = ["--set", "training.save_strategy=steps", "--set", "training.save_steps=2"]
+    done = command("kill-test", path, *saving, "--kills", 1, "--seconds", 8, "--output", tmp_path / "kill")
+    assert done.returncode == 0 and "starts: equal to the run left alone" in done.stdout, done.stdout + done.stderr
+    again = command("kill-test", path, "--output", tmp_path / "kill")
+    assert again.returncode == 1 and "holds an earlier test" in again.stderr
+
+
 def test_the_sft_trainer_prepares_raw_text(world: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     content = recipe(world, tmp_path / "out", trainer="sft")
@@ -259,14 +269,14 @@ def test_errors_of_the_command_line_are_one_message(
         assert str(stop.value.code).startswith("hf-pretrain-ext: ") and message in str(stop.value.code)
 
 
-@pytest.mark.parametrize("name", ["demo", "plan", "train", "report", "plugins"])
+@pytest.mark.parametrize("name", ["demo", "plan", "train", "report", "kill-test", "plugins"])
 def test_help_says_what_to_type(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0 and shown.startswith(f"usage: hf-pretrain-ext {name}")
     assert max(len(line) for line in shown.splitlines()) <= 119
-    if name in ("plan", "train"):
+    if name in ("plan", "train", "kill-test"):
         example = shown.split("A recipe is a YAML file:")[1].split("Further sections")[0]
         assert {"model", "data", "pack", "training", "rewarm", "replay", "forgetting"} == set(yaml.safe_load(example))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"hf-pretrain-ext {command}",
-        description=description,
+        description=textwrap.fill(description, 78),
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

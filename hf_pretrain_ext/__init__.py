@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from hf_pretrain_ext._version import __version__
 
 if TYPE_CHECKING:
+    from hf_pretrain_ext.packing import PackedCollator, check_isolation, pack
     from hf_pretrain_ext.plan import SamplePlan, Source
     from hf_pretrain_ext.plugin import PluginError, Problem, TrainerPlugin
     from hf_pretrain_ext.trace import read_trace
     from hf_pretrain_ext.trainer import PlanConfig, PluginTrainerMixin, extend
 
 __all__ = [
+    "PackedCollator",
     "PlanConfig",
     "PluginError",
     "PluginTrainerMixin",
@@ -25,11 +27,14 @@ __all__ = [
     "Source",
     "TrainerPlugin",
     "__version__",
+    "check_isolation",
     "extend",
+    "pack",
     "read_trace",
 ]
 
 _HOMES = {
+    "PackedCollator": "packing",
     "PlanConfig": "trainer",
     "PluginError": "plugin",
     "PluginTrainerMixin": "trainer",
@@ -37,7 +42,9 @@ _HOMES = {
     "SamplePlan": "plan",
     "Source": "plan",
     "TrainerPlugin": "plugin",
+    "check_isolation": "packing",
     "extend": "trainer",
+    "pack": "packing",
     "read_trace": "trace",
 }
 

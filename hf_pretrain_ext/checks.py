@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from hf_pretrain_ext import _host
-from hf_pretrain_ext.data import is_stream
+from hf_pretrain_ext.data import columns, is_map_style, is_stream, sample_rows
+from hf_pretrain_ext.packing import PackedCollator, check_isolation
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin, overrides
 
 __all__ = ["find_problems", "in_order", "stream_problems"]
@@ -108,9 +110,39 @@ def _host_problems(setup: Setup) -> list[Problem]:
                 )
             )
     problems.extend(_distributed_problems(setup))
+    problems.extend(_packing_problems(setup))
     if names["wrap_plan"]:
         problems.extend(_plan_problems(names["wrap_plan"], trainer, args))
     return problems
+
+
+_ISOLATION: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+"""What the look at a model found: two forward passes, once a model."""
+
+
+def _packing_problems(setup: Setup) -> list[Problem]:
+    """Rows that were packed to be isolated, and a model that would let their documents see each other."""
+    trainer = setup.trainer
+    if not isinstance(trainer.data_collator, PackedCollator) or trainer.is_deepspeed_enabled:
+        return []
+    dataset = setup.train_dataset
+    if not is_map_style(dataset) or "position_ids" not in columns(dataset):
+        return []
+    rows = [dataset[row]["position_ids"] for row in sample_rows(len(dataset), 8)]
+    if all(list(positions).count(0) < 2 for positions in rows):
+        return []
+    model = trainer.model
+    if model not in _ISOLATION:
+        kept, model.config.use_cache = getattr(model.config, "use_cache", None), False
+        try:
+            check_isolation(model)
+            _ISOLATION[model] = None
+        except ValueError as error:
+            _ISOLATION[model] = str(error)
+        finally:
+            model.config.use_cache = kept
+    found = _ISOLATION[model]
+    return [Problem("packing", found.rstrip("."), "Isolation cannot be had with this model.")] if found else []
 
 
 def _overriding_class(trainer: Any, method: str) -> type | None:

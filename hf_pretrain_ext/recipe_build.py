@@ -46,7 +46,7 @@ def build(recipe: Recipe) -> Any:
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        **_collator(recipe, train, tokenizer),
+        **_collator(recipe, train, tokenizer, model),
     )
     return extend(trainer, *callbacks, plan=recipe.plan_config(), on_nonfinite=recipe.on_nonfinite)
 
@@ -99,15 +99,18 @@ def _rows(recipe: Recipe, spec: DataConfig, tokenizer: Any) -> Any:
     )
 
 
-def _collator(recipe: Recipe, train: Any, tokenizer: Any) -> dict[str, Any]:
+def _collator(recipe: Recipe, train: Any, tokenizer: Any, model: Any) -> dict[str, Any]:
     """Packed rows need a collator that keeps their form; ids without labels one that makes labels."""
+    import inspect
+
     from transformers import DataCollatorForLanguageModeling
 
     from hf_pretrain_ext.packing import PackedCollator
 
     if recipe.trainer == "sft":
         return {}
-    if recipe.pack is not None:
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    if recipe.pack is not None and (recipe.pack.isolate or takes_positions):
         return {"data_collator": PackedCollator()}
     if "labels" in (train.column_names or ()):
         return {}

@@ -84,6 +84,7 @@ class ForgettingCallback(TrainerPlugin):
         self._prepared: dict[str, Any] = {}
         self._prepared_for: Any = None
         self._alerted: list[str] = []
+        self._stopped = False
 
     def settings(self) -> dict[str, Any]:
         # What is measured may change between a run and its resume; what may end the run may not.
@@ -185,20 +186,25 @@ class ForgettingCallback(TrainerPlugin):
     def begin(self) -> None:
         self.history = History()
         self._alerted = []
+        self._stopped = False
 
     def state(self) -> dict[str, Any]:
-        return {"sets": self.history.sets, "alerted": self._alerted}
+        return {"sets": self.history.sets, "alerted": self._alerted, "stopped": self._stopped}
 
     def load_state(self, state: dict[str, Any]) -> None:
         # Sets may be added and removed between a run and its resume; those that are gone are not carried along.
         self.history = History({name: entry for name, entry in state["sets"].items() if name in self.datasets})
-        self._alerted = list(state.get("alerted", []))
+        self._alerted = list(state["alerted"])
+        self._stopped = bool(state["stopped"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         # Also on a resume, where SIGTERM came between the step and its probe.
         if self.history.last_step() < 0 or self._is_due(state.global_step):
             self._probe(control)
+        if self._stopped and self.run is not None:
+            control.should_training_stop = True
+            self.run.say("this run was stopped (stop_if): there is nothing to resume", logging.WARNING)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._is_due(state.global_step) or control.should_training_stop:
@@ -280,7 +286,7 @@ class ForgettingCallback(TrainerPlugin):
                 )
         for name, threshold in self.stop_if.items():
             if not self.history.rise(name) <= threshold and not control.should_training_stop:
-                control.should_training_stop = True
+                control.should_training_stop = self._stopped = True
                 control.should_save = control.should_save or run.trainer.args.save_strategy != "no"
                 run.trace("stop", set=name, rise=self.history.rise(name), threshold=threshold)
                 run.say(

@@ -247,6 +247,12 @@ class PluginTrainerMixin(_Base):
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        run = self._plugin_run
+        over = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+        if run.active and run.resumed_at == run.step and over:
+            # The host asks whether training is over only after a step: a finished run would make one more.
+            self.control.should_training_stop = True
+            return [], None
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._plugin_run.count(batches)
         return batches, items

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -21,9 +22,20 @@ def left_alone(case: str, folder: Path) -> Path:
 
 
 def killed(case: str, tmp_path: Path, kills: int, seed: int) -> KillReport:
-    reference, folder = left_alone(case, tmp_path / "alone"), tmp_path / "killed"
-    report = kill_until_done(lambda: Forked(case, folder), folder, kills, seed=seed, seconds=3.0)
-    report.differences = compare_runs(reference, folder)
+    reference, report = left_alone(case, tmp_path / "alone"), KillReport()
+    while report.kills < kills:
+        # A run that came to its end before all of its kills is followed by another.
+        folder = tmp_path / f"killed-{report.starts}"
+        once = kill_until_done(
+            functools.partial(Forked, case, folder),
+            folder,
+            kills - report.kills,
+            seed=seed + report.starts,
+            seconds=3.0,
+        )
+        report.kills, report.in_save = report.kills + once.kills, report.in_save + once.in_save
+        report.starts += once.starts
+        report.differences += compare_runs(reference, folder)
     print(f"{case}: {report}")
     return report
 
@@ -31,7 +43,7 @@ def killed(case: str, tmp_path: Path, kills: int, seed: int) -> KillReport:
 def test_a_few_kills(tmp_path: Path) -> None:
     """The short version: several plug-ins and dropout at once."""
     report = killed("together", tmp_path, kills=4, seed=1)
-    assert report.differences == [] and report.kills == 4 and report.starts == 5
+    assert report.differences == [] and report.kills == 4 and report.starts >= 5
 
 
 @pytest.mark.kill

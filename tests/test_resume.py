@@ -17,7 +17,7 @@ import tiny
 from transformers import TrainerCallback
 
 from hf_pretrain_ext import extend
-from hf_pretrain_ext.callbacks import ReplayCallback, RewarmCallback
+from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
 from hf_pretrain_ext.checkpoint import CheckpointError, last_complete_checkpoint
 
 
@@ -302,3 +302,36 @@ def test_a_checkpoint_inside_a_step_is_exact(event: str, at: int, accumulation: 
     if event == "on_step_end" and at % 4 == 0:
         lines[0] = [line for line in lines[0] if line["step"] != at]  # the host saved before it logged
     assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("rows", [24, 46])
+def test_a_finished_run_is_over(rows: int, tmp_path: Path) -> None:
+    """Killed after its last save and before its end, a run makes no further step, where an epoch is not over either.
+
+    The host would: it asks whether training is over only after a step.
+    """
+    saving = {"data": tiny.rows(rows), "max_steps": 8, "save_strategy": "steps", "save_steps": 8, "dropout": 0.1}
+    whole = extend(tiny.trainer(tmp_path, *settings.make(settings.TOGETHER), **saving))
+    whole.train()
+    again = extend(tiny.trainer(tmp_path, *settings.make(settings.TOGETHER), **saving))
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 8 and tiny.same_weights(whole, again)
+    assert again.plugin_run.realised() == whole.plugin_run.realised()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-8"]
+
+
+def test_a_run_that_was_stopped_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def make() -> Any:
+        stopping = ForgettingCallback({"old": tiny.rows(10, seed=9)}, every=2, stop_if={"old": 1e-9})
+        return extend(
+            tiny.trainer(tmp_path, RewarmCallback(1e-1), stopping, max_steps=30, save_strategy="steps", save_steps=30)
+        )
+
+    stopped = make()
+    stopped.train()
+    step = stopped.state.global_step
+    assert step < 30
+    again = make()
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == step and tiny.same_weights(stopped, again)
+    assert "this run was stopped (stop_if)" in capsys.readouterr().err

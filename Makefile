@@ -17,7 +17,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quality format test-resume test-distributed test-kill bench build chromium clean
+.PHONY: help install demo test quality format test-resume test-distributed test-kill test-architectures bench build chromium clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,12 @@ test-resume: $(STAMP) ## the full product of exact-resume cases
 
 test-distributed: $(STAMP) ## every test that starts several ranks, one after another
 	$(PYTEST) -m distributed
+
+test-architectures: $(STAMP) ## every plug-in on every family; writes docs/architectures.md
+	rm -f .architectures.jsonl
+	ARCHITECTURES=$(CURDIR)/.architectures.jsonl $(PYTEST) tests/test_architectures.py -k reloads
+	$(BIN)/python tests/architectures.py .architectures.jsonl docs/architectures.md
+	rm -f .architectures.jsonl
 
 test-kill: $(STAMP) ## kill runs at random moments: KILLS=20 for each of six settings
 	KILLS=$(KILLS) $(PYTEST) -s -m kill

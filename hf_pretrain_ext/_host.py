@@ -7,6 +7,8 @@ Overridden in `PluginTrainerMixin`:
     Trainer._save_checkpoint           the SIGTERM checkpoint calls it directly; `on_save` comes after push and pruning
     Trainer._get_grad_norm             the norm of a step's gradients, which the host computes anyway
     Trainer._hp_search_setup           the moment in train() at which the arguments, a search's included, are settled
+    Trainer._load_from_checkpoint      weights whose names in the file are not the model's are left out, with a warning
+    Trainer._load_best_model           likewise
     Trainer._load_rng_state            the random state of a resume is in place, and the next draw belongs to training
     Trainer._save_rng_state            the last file that every rank writes: the barrier before the manifest goes here
 Called or read here:
@@ -52,6 +54,8 @@ PRIVATE = {
     "Trainer": (
         "_get_grad_norm",
         "_hp_search_setup",
+        "_load_best_model",
+        "_load_from_checkpoint",
         "_load_rng_state",
         "_maybe_log_save_evaluate",
         "_save_checkpoint",

@@ -21,6 +21,7 @@ from hf_pretrain_ext.nonfinite import Action, NonFiniteWatch
 from hf_pretrain_ext.plan.plan import MAX_WINDOW, Order
 from hf_pretrain_ext.plugin import TrainerPlugin
 from hf_pretrain_ext.preview import Preview, preview_of
+from hf_pretrain_ext.reload import load_converted
 from hf_pretrain_ext.run import PluginRun
 from hf_pretrain_ext.schedules import LRSchedule
 
@@ -328,6 +329,19 @@ class PluginTrainerMixin(_Base):
             return {**metrics, **run.eval_scalars}
         finally:
             run.eval_scalars = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_converted(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.state.best_model_checkpoint is not None:
+            self._load_converted(self.state.best_model_checkpoint)
+
+    def _load_converted(self, folder: str) -> None:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_converted(self.model, folder)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

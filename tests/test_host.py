@@ -56,6 +56,8 @@ SIGNATURES = {
     ],
     "Trainer._get_grad_norm": ["model", "grad_norm"],
     "Trainer._hp_search_setup": ["trial"],
+    "Trainer._load_best_model": [],
+    "Trainer._load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "Trainer._load_rng_state": ["checkpoint"],
     "Trainer._save_checkpoint": ["model", "trial"],
     "Trainer._save_rng_state": ["output_dir"],

@@ -26,7 +26,7 @@ class ReplayCallback(TrainerPlugin):
     """Mixes old data into training at an exact ratio: what is replayed ÷ all that is read.
 
     With `unit="samples"` every step of G samples replays ⌊G·ratio⌋ or ⌈G·ratio⌉ of them, and over the run the count
-    never strays from the ratio by a whole sample. With `unit="tokens"` the tokens replayed stay within about half a
+    never strays from the ratio by a whole sample. With `unit="tokens"` the tokens replayed stay within a longest
     row of their share where row lengths are known (a `datasets.Dataset` with `input_ids`, or a column named by
     `length_column_name`); where they are not (streams, other datasets) the share is an expected value, from sampled
     rows, and said to be. What was realised is logged in samples (`replay_ratio`) and in tokens read
@@ -90,10 +90,10 @@ class ReplayCallback(TrainerPlugin):
             mode=cast(Mode, mode),
             order=cast(Any, order),
             unit=cast(Unit, unit),
-            weights=dict(weights) if weights else None,
-            ratio_changes={str(point): later for point, later in ratio_changes.items()} if ratio_changes else None,
+            weights=cast(Any, weights),
+            ratio_changes=_by_text(ratio_changes),
         )
-        for point in self.config.ratio_changes or {}:
+        for point in self.config.changes:
             if to_point(point, "ratio_changes", tokens_per_step=1) == (0, 0):
                 raise ValueError(f"ratio_changes must hold points after the start, got {point!r}: that is `ratio`")
         self.datasets = _named(dataset)
@@ -255,7 +255,7 @@ class ReplayCallback(TrainerPlugin):
         yield from self._check_amounts(setup, plan)
 
     def _check_amounts(self, setup: Setup, plan: SamplePlan) -> Iterable[Problem]:
-        ratios = [self.config.ratio, *(self.config.ratio_changes or {}).values()]
+        ratios = [self.config.ratio, *self.config.changes.values()]
         kept = [sum(segment.weights[-len(self.datasets) :]) / sum(segment.weights) for segment in plan.segments]
         # Expected shares in tokens are other numbers in samples, and other plug-ins may add segments.
         comparable = plan.unit == self.config.unit and len(kept) == len(ratios)
@@ -309,16 +309,26 @@ class ReplayCallback(TrainerPlugin):
             new = plan.sources[0]
         weights = self._weights(sources)
         changes = self._changes(setup)
-        epoch = plan.epoch
+        epoch, epochs = plan.epoch, Fraction(1)
         if new.num_rows is not None:
             # A run of max_steps is as long as it is; what an epoch is in it follows from the first ratio.
             fixed = args.max_steps > 0
-            epochs = Fraction(1) if fixed else Fraction(repr(float(args.num_train_epochs)))
+            epochs = epochs if fixed else Fraction(repr(float(args.num_train_epochs)))
             stage = changes[:1] if fixed else changes
             draws = stage_draws(new, sources, weights, stage, config.mode, config.unit, epochs) / epochs
             epoch = -(-draws.numerator // draws.denominator)
-        steps = run_length(args, epoch, setup.global_batch)[1]
-        return with_replay(plan, sources, weights, _starts(changes, steps, setup.global_batch), epoch, config.unit)
+        while True:
+            steps = run_length(args, epoch, setup.global_batch)[1]
+            starts = _starts(changes, steps, setup.global_batch)
+            made = with_replay(plan, sources, weights, starts, epoch, config.unit)
+            if config.mode == "equivalent" or new.num_rows is None or args.max_steps > 0:
+                return made
+            # Changes fall on whole steps, which may cost a few new rows: a little longer, then.
+            seen = made.expected_counts(steps * setup.global_batch)[0]
+            lacking = math.ceil(Fraction(new.num_rows) * epochs) - math.floor(seen)
+            if lacking <= 0 or config.unit == "tokens":
+                return made
+            epoch += max(math.ceil(lacking / epochs), 1)
 
     def _with_lengths(self, source: Source, setup: Setup) -> Source:
         """The source with what can be known about the lengths of its rows."""
@@ -333,7 +343,7 @@ class ReplayCallback(TrainerPlugin):
         return dataclasses.replace(source, lengths=lengths, mean_tokens=mean)
 
     def _weights(self, sources: list[Source]) -> list[float]:
-        if self.config.weights:
+        if isinstance(self.config.weights, dict):
             return [self.config.weights[source.name] for source in sources]
         if len(sources) == 1:
             return [1.0]
@@ -342,7 +352,7 @@ class ReplayCallback(TrainerPlugin):
 
     def _changes(self, setup: Setup) -> list[Change]:
         changes = [Change(self.config.ratio)]
-        for point, ratio in (self.config.ratio_changes or {}).items():
+        for point, ratio in self.config.changes.items():
             per_step = setup.tokens_per_step if "token" in point else None
             steps, fraction = to_point(point, "ratio_changes", per_step)
             changes.append(Change(ratio, steps * setup.global_batch, fraction))
@@ -365,7 +375,7 @@ class ReplayCallback(TrainerPlugin):
                 f"replay: {plan.sources[k].name} {_about(counts[k])} samples, {_passes(plan.sources[k], counts[k])}"
                 for k in old
             ]
-        ratios = [f"{self.config.ratio:g}", *(f"{r:g} from {p}" for p, r in (self.config.ratio_changes or {}).items())]
+        ratios = [f"{self.config.ratio:g}", *(f"{r:g} from {p}" for p, r in self.config.changes.items())]
         if len(ratios) > 1 or self.config.unit == "tokens":
             known = self.config.unit == "samples" or all(source.lengths is not None for source in plan.sources)
             exact = "" if known else " (expected)"
@@ -394,15 +404,24 @@ def _named(dataset: Any) -> dict[str, Any]:
     return {ReplayCallback.name: dataset}
 
 
+def _by_text(changes: Any) -> Any:
+    """Points as text, as a command line has them: settings are compared on resume, wherever they come from."""
+    return {str(point): ratio for point, ratio in changes.items()} if isinstance(changes, Mapping) else changes
+
+
 def _starts(changes: list[Change], steps: int, global_batch: int) -> list[tuple[int, float]]:
     """Start draw and ratio of every change, on whole steps of a run of `steps` steps."""
     starts: list[tuple[int, float]] = []
     for number, change in enumerate(changes):
         step = change.draws // global_batch + math.floor(change.fraction * steps + Fraction(1, 2))
-        if number and not starts[-1][0] < step * global_batch < steps * global_batch:
+        last = starts[-1][0] // global_batch if starts else -1
+        # Fractions so close that they fall on one step of a short run: the later ratio holds from there.
+        if number > 1 and step == last and not change.draws and not changes[number - 1].draws:
+            starts.pop()
+        elif number and not last < step < steps:
             raise ValueError(
                 f"ratio_changes: the ratio of {change.ratio:g} would start at step {step}, but points must rise and "
-                f"lie between step {starts[-1][0] // global_batch} and the run's end at step {steps}"
+                f"lie between step {last} and the run's end at step {steps}"
             )
         starts.append((step * global_batch, change.ratio))
     return starts

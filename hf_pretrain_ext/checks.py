@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -111,6 +113,16 @@ def _host_problems(setup: Setup) -> list[Problem]:
             )
     problems.extend(_distributed_problems(setup))
     problems.extend(_packing_problems(setup))
+    asked = processes_asked_for() if setup.args.world_size == 1 else 1
+    if asked > 1:
+        problems.append(
+            Problem(
+                "launch",
+                f"accelerate was asked for {asked} processes and started one, as it does with --cpu",
+                f"Use torchrun --nproc_per_node {asked}.",
+                level="note",
+            )
+        )
     if names["wrap_plan"]:
         problems.extend(_plan_problems(names["wrap_plan"], trainer, args))
     return problems
@@ -231,3 +243,19 @@ def stream_problems(stream: Any) -> list[tuple[str, str]]:
             )
         ]
     return []
+
+
+def processes_asked_for() -> int:
+    """The processes that `accelerate launch --cpu` was asked for by the command that started this one; else 1."""
+    if "ACCELERATE_USE_CPU" not in os.environ:
+        return 1
+    try:
+        # Only on Linux, and only where accelerate is our parent: elsewhere nothing tells.
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return 1
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name in ("--num_processes", "--num-processes") and (value or following).isdigit():
+            return int(value or following)
+    return 1

@@ -33,6 +33,9 @@ IGNORED = -100
 CHUNK = 1 << 18
 """Tokens that a process packs in one go, and 1/64 of the bytes it tokenizes: memory does not grow with the corpus."""
 
+REVISION = 1
+"""To be raised with every change of what is written: the cache knows our functions by name and not by their code."""
+
 
 @dataclass(frozen=True)
 class PackReport:
@@ -171,6 +174,7 @@ def pack(
         num_proc=num_proc,
         features=Features({"input_ids": ids, "position_ids": List(position), "seq_lengths": ids}),
         fn_kwargs={
+            "revision": REVISION,
             "documents": documents,
             "starts": np.concatenate([[0], np.cumsum(lengths)]),
             "report": report,
@@ -260,6 +264,7 @@ def _tokenizing(tokenizer: Any) -> dict[str, Any]:
     if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         control.pop(tokenizer.unk_token_id, None)
     settings = {
+        "revision": REVISION,
         "encoder": encoder,
         "prefix": first if first == [tokenizer.bos_token_id] else [],
         "eos": tokenizer.eos_token_id,
@@ -268,7 +273,9 @@ def _tokenizing(tokenizer: Any) -> dict[str, Any]:
     return {"function": _tokenize, "fn_kwargs": settings, "desc": "Tokenizing"}
 
 
-def _tokenize(batch: pa.Table, encoder: Any, prefix: list[int], eos: int, control: dict[int, str]) -> pa.Table:
+def _tokenize(
+    batch: pa.Table, revision: int, encoder: Any, prefix: list[int], eos: int, control: dict[int, str]
+) -> pa.Table:
     texts = [text or "" for text in batch[0].to_pylist()]
     encoded = _encode(encoder, texts)
     ends = np.cumsum([len(ids) for ids in encoded])
@@ -315,11 +322,11 @@ def _plain(encoder: Any, text: str, control: dict[int, str]) -> list[int]:
 
 def _closing(tokenizer: Any) -> dict[str, Any]:
     """Arguments of the `map` that closes documents which came as token ids."""
-    settings = {"eos": tokenizer.eos_token_id, "vocabulary": len(tokenizer)}
+    settings = {"revision": REVISION, "eos": tokenizer.eos_token_id, "vocabulary": len(tokenizer)}
     return {"function": _close, "fn_kwargs": settings, "desc": "Closing documents"}
 
 
-def _close(batch: pa.Table, eos: int, vocabulary: int) -> pa.Table:
+def _close(batch: pa.Table, revision: int, eos: int, vocabulary: int) -> pa.Table:
     ids, lengths = _values(batch[0]), _list_lengths(batch[0])
     if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
         raise ValueError(
@@ -383,6 +390,7 @@ def _account(lengths: NDArray[np.int64], bos: int, block_size: int, remainder: s
 def _cut(
     batch: pa.Table,
     rows: Sequence[int],
+    revision: int,
     documents: Any,
     starts: NDArray[np.int64],
     report: PackReport,

@@ -24,6 +24,7 @@ __all__ = ["Preview", "SourcePreview", "preview_of"]
 
 _POINTS = 400
 _MEASURED_ROWS = 1 << 26
+_COUNTED_DRAWS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,9 @@ def _measured(run: PluginRun, source: Source, count: bool) -> Source:
 
 def _counted(plan: SamplePlan, draws: int) -> np.ndarray | None:
     """Tokens of each source among the first `draws`, row by row; None where lengths are unknown or draws too many."""
-    if draws > EXACT_DRAWS or any(source.lengths is None for source in plan.sources):
+    if draws > (EXACT_DRAWS if plan.unit == "tokens" else _COUNTED_DRAWS) or any(
+        source.lengths is None for source in plan.sources
+    ):
         return None
     tokens = np.zeros(len(plan.sources), dtype=np.int64)
     for start in range(0, draws, 1 << 18):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,15 +37,14 @@ class ReplayConfig:
         default="shuffled", metadata={"help": "Order of the replayed rows: shuffled anew every pass, or as stored."}
     )
     unit: Unit = field(default="samples", metadata={"help": "What ratio and weights are shares of."})
-    weights: dict[str, float] | None = field(
+    # A str too: the parser hands over JSON from a command line as text.
+    weights: dict[str, float] | str | None = field(
         default=None,
-        metadata={
-            "help": "Share of each source of old data in what is replayed; in proportion to their sizes if none."
-        },
+        metadata={"help": "Share of each source of old data in what is replayed, as JSON; by their sizes if none."},
     )
-    ratio_changes: dict[str, float] | None = field(
+    ratio_changes: dict[str, float] | str | None = field(
         default=None,
-        metadata={"help": 'Later ratios by the point from which they hold: {"0.5": 0.1, "2B tokens": 0.05}.'},
+        metadata={"help": 'Later ratios by the point from which they hold, as JSON: {"0.5": 0.1, "2B tokens": 0.05}.'},
     )
 
     def __post_init__(self) -> None:
@@ -52,15 +52,35 @@ class ReplayConfig:
         for name, allowed in (("mode", get_args(Mode)), ("order", ("shuffled", "original")), ("unit", get_args(Unit))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for point, ratio in (self.ratio_changes or {}).items():
+        self.weights = _mapping(self.weights, "weights")
+        self.ratio_changes = _mapping(self.ratio_changes, "ratio_changes")
+        for point, ratio in self.changes.items():
             _check_ratio(ratio, f"ratio_changes[{point!r}]")
-        for name, weight in (self.weights or {}).items():
+        for name, weight in (self.weights if isinstance(self.weights, dict) else {}).items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
                 raise ValueError(f"weights[{name!r}] must be a positive number, got {weight!r}")
 
     @property
+    def changes(self) -> dict[str, float]:
+        """`ratio_changes`, empty where there are none."""
+        return self.ratio_changes if isinstance(self.ratio_changes, dict) else {}
+
+    @property
     def largest_ratio(self) -> float:
-        return max([self.ratio, *(self.ratio_changes or {}).values()])
+        return max([self.ratio, *self.changes.values()])
+
+
+def _mapping(given: Any, name: str) -> dict[str, float] | None:
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise ValueError(f"{name} must be a dict, or one as JSON, got {given!r}") from error
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"{name} must be a dict, or one as JSON, got {given!r}")
+    if given is not None and not given:
+        raise ValueError(f"{name} is empty: leave it out")
+    return None if given is None else dict(given)
 
 
 def _check_ratio(ratio: Any, name: str) -> None:
@@ -197,12 +217,13 @@ def stage_draws(
     for before, after, change in zip(gains, gains[1:], changes[1:], strict=False):
         slope += (before - after) * change.fraction
         intercept += (before - after) * change.draws
-    total = (target - intercept) / slope
-    for change in changes[1:]:
-        if change.at(total) >= total:
-            raise ValueError(
-                f"a ratio of {change.ratio:g} from draw {float(change.at(total)):,.0f} on comes after the end"
-            )
+    total = (target - intercept) / slope if slope > 0 else Fraction(0)
+    points = [change.at(total) for change in changes]
+    if total <= 0 or any(before >= after for before, after in zip(points, [*points[1:], total], strict=True)):
+        raise ValueError(
+            "ratio_changes: points must rise and come before the end of the run; those of the ratios "
+            f"{', '.join(f'{change.ratio:g}' for change in changes[1:])} do not"
+        )
     return total
 
 

@@ -224,7 +224,7 @@ class PluginRun:
             `ValueError`: other names than the sources', or a step that was handed out already.
             `RuntimeError`: no plan, or no plug-in that declares `changes_mixture`.
         """
-        sampler = self._sampler
+        sampler = self._sampler if self.active else None
         if self.plan is None or sampler is None or sampler.segments is None:
             raise RuntimeError(
                 "the mixture can be changed while a run with a sample plan is training, by a plug-in with the class "
@@ -233,10 +233,13 @@ class PluginRun:
         names = [source.name for source in self.plan.sources]
         if set(shares) != set(names):
             raise ValueError(f"shares must name the sources {names}, got {sorted(shares)}")
-        first = -(-max(sampler.handed_out, self.plan.segments[-1].start + 1) // self.global_batch)
+        handed_out = -(-max(sampler.handed_out, self.step * self.global_batch) // self.global_batch)
+        planned = self.plan.segments[-1].start // self.global_batch
+        first = max(handed_out, planned + 1)
         step = first if step is None else step
         if step < first:
-            raise ValueError(f"step must be at least {first}: earlier ones are handed out already; got {step}")
+            why = "earlier ones are handed out already" if handed_out > planned else f"one begins at step {planned}"
+            raise ValueError(f"step must be at least {first}: {why}; got {step}")
         self.plan = self.plan.with_segment(step * self.global_batch, [shares[name] for name in names])
         sampler.segments = self.plan.segments
         self.trace("mixture", shares=dict(shares), start=step)
@@ -249,14 +252,17 @@ class PluginRun:
             raise RuntimeError("no plug-in decides the order of the data")
         per_epoch, _ = run_length(self.trainer.args, plan.epoch, self.global_batch)
         changing = any(plugin.changes_mixture for plugin in self.plugins)
-        self._dataset = PlanDataset(plan, datasets, self._marks)
-        self._sampler = PlanBatchSampler(
+        dataset = PlanDataset(plan, datasets, self._marks)
+        sampler = PlanBatchSampler(
             batch_size,
             per_epoch * (self.global_batch // batch_size),
             self.epoch_start,
             plan.segments if changing else None,
         )
-        return self._dataset, self._sampler
+        if self.active and self._sampler is None:
+            # The one that trains is the first that a run asks for; a callback may ask for more.
+            self._dataset, self._sampler = dataset, sampler
+        return dataset, sampler
 
     def epoch_start(self) -> int:
         """The global sample index at which the epoch about to begin starts, from the step counter alone."""
@@ -373,7 +379,12 @@ class PluginRun:
 
     def remember_state(self) -> None:
         """What a checkpoint made inside the coming step (on SIGTERM) must hold: a resume will make that step again."""
-        self._before_step = {"step": self.step, "rng": get_rng_state(), "loss": _host.log_sums(self.trainer)}
+        self._before_step = {
+            "step": self.step,
+            "rng": get_rng_state(),
+            "loss": _host.log_sums(self.trainer),
+            "added": self._added(),
+        }
 
     def on_epoch_begin(self) -> None:
         # At an epoch's start a resume puts the random state back before the loader draws its base seed.
@@ -508,14 +519,18 @@ class PluginRun:
         self._trace.write("save", self.step, folder=os.path.basename(folder))
 
     def _added(self) -> tuple[Segment, ...]:
-        """The segments by which the mixture changed while the run went on."""
+        """The segments by which the mixture changed while the run went on, those of a step not made yet left out."""
         if self.plan is None or self._planned is None:
             return ()
+        if self._interrupted is not None and "added" in self._interrupted:
+            added: tuple[Segment, ...] = self._interrupted["added"]
+            return added
         return self.plan.segments[len(self._planned.segments) :]
 
     def _cursor(self) -> dict[str, Any] | None:
         """For shares in tokens, from where a resume computes the order."""
         if self.plan is None or self.plan.unit != "tokens":
             return None
-        start = min([self.step * self.global_batch, *(segment.start for segment in self._added())])
+        # Before the first change: the mixture that a resume begins with does not know of it.
+        start = min([self.step * self.global_batch, *(segment.start - 1 for segment in self._added())])
         return self.plan.cursor_before(start).to_json()

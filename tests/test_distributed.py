@@ -80,3 +80,19 @@ def test_one_rank_goes_on_as_two_and_two_as_one(folder: Path, one: dict[str, Any
     for step in (3, 4, 5):
         assert torch.equal(fewer["rows"][step], one["rows"][step])
     assert more[0]["counts"] == fewer["counts"] == one["counts"]
+
+
+def test_accelerate_that_starts_one_process_is_noticed(tmp_path: Path) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one, silently; we say so."""
+    script = tmp_path / "one.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import tiny\n"
+        "from hf_pretrain_ext import extend\n"
+        f"extend(tiny.trainer({str(tmp_path / 'out')!r}))\n"
+    )
+    for number, said in ((2, True), (1, False)):
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(number)]
+        done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, env=dict(os.environ))
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert ("asked for 2 processes and started one" in done.stderr) == said

@@ -271,6 +271,8 @@ def test_control_tokens_in_text_stay_text(maker: Callable[[], Any]) -> None:
     began = maker is llama_like
     assert (first[0] == made.bos_token_id) is began
     assert not numbers & set(first[began:])
+    if maker in (byte_level, llama_like):  # no vocabulary finds them by itself: the text is encoded in one piece
+        assert first[began:] == made(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     decoded = made.decode(first[began:], skip_special_tokens=False)
     if maker in (unigram, word_piece):  # which lose spaces by themselves
         decoded, text = ("".join(line.replace("##", "").replace("▁", "").split()) for line in (decoded, text))
@@ -290,6 +292,17 @@ def test_split_special_tokens_alone_would_not_do() -> None:
         rows, report = pack(texts(text), made, 2, remainder="pad", return_report=True)
         ids = [number for row in rows["input_ids"] for number in row][: report.kept]
         assert ids.count(made.eos_token_id) == report.eos_tokens == 1 and ids[-1] == made.eos_token_id
+
+
+def test_control_tokens_that_only_their_role_makes_such() -> None:
+    backend = Tokenizer(models.WordLevel({"a": 0, "[SEP]": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = wrapped(backend, unk_token="?")
+    made.eos_token = "[SEP]"
+    assert made("a [SEP]", split_special_tokens=True)["input_ids"] == [0, 1]
+    # Also where they come first in a text, or alone: "[" and "SEP]" are unknown words here.
+    rows = pack(texts("a", "[SEP] a", "a [SEP]", "[SEP]"), made, 13)
+    assert rows["input_ids"][:] == [[0, 1, 2, 2, 0, 1, 0, 2, 2, 1, 2, 2, 1]]
 
 
 def test_a_control_token_of_one_character_cannot_be_text() -> None:
@@ -365,7 +378,7 @@ def test_the_account_is_said(tokenizer: Any, capsys: pytest.CaptureFixture[str])
 # The cache
 
 
-def test_a_second_process_finds_everything_in_the_cache(tmp_path: Path) -> None:
+def test_a_second_process_finds_everything_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, names = str(tmp_path / "texts"), str(tmp_path / "tokenizer")
     texts(*["the cat sat on the mat " * 5] * 40).save_to_disk(source)
     byte_level().save_pretrained(names)
@@ -398,6 +411,10 @@ for settings in ({{}}, {{"seed": 1}}, {{"num_proc": 2}}):
     assert ran.returncode == 0, ran.stderr
     assert files() == before
     assert ran.stdout.splitlines()[0] == rows.cache_files[0]["filename"]
+    # Another revision of our code reads back nothing that this one wrote.
+    monkeypatch.setattr(packing, "REVISION", packing.REVISION + 1)
+    pack(load_from_disk(source), made, 16)
+    assert len(files()) == len(before) + 2
 
 
 # The collator

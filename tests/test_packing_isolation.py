@@ -173,7 +173,12 @@ def test_the_check_names_the_switch_that_was_forgotten(monkeypatch: pytest.Monke
     model.config.use_cache = True
     with pytest.raises(ValueError, match=r"makes a cache.*model.config.use_cache = False"):
         check_isolation(model)
-    assert check_isolation(model, {**batch, "use_cache": False}) == 0.0
+    uncached = {**batch, "use_cache": False}
+    assert check_isolation(model, uncached) == 0.0
+    leaking = model_of(LEAK["opt"]())
+    leaking.config.use_cache = True
+    with pytest.raises(ValueError, match="carry state"):
+        check_isolation(leaking, uncached)
     leaking = model_of(LEAK["opt"]())
     # Flash attention runs on no CPU; what its name makes of the advice can be seen.
     monkeypatch.setattr(type(leaking.config), "_attn_implementation", "flash_attention_2", raising=False)
@@ -208,7 +213,11 @@ def test_the_check_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> No
     model.transformer.h[0].eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
+    during = []
+    hook = model.register_forward_pre_hook(lambda module, _: during.append(module.training))
     assert check_isolation(model) == 0.0
+    hook.remove()
+    assert during == [False, False]
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -321,7 +330,9 @@ def test_replay_passes_packed_rows_on(tmp_path: Path) -> None:
     new, old = packed_rows(), packed_rows(8, seed=1)
     trainer = Trainer(model_of(ISOLATE["llama"]()), tiny.arguments(tmp_path, max_steps=3), PackedCollator(), new)
     extend(trainer, ReplayCallback(old, ratio=0.5))
-    assert check_isolation(trainer.model, next(iter(trainer.get_train_dataloader()))) == 0.0
+    with calls(trainer.model) as seen:
+        assert check_isolation(trainer.model, next(iter(trainer.get_train_dataloader()))) == 0.0
+    assert [set(call) for call in seen] == [{"input_ids", "position_ids"}] * 2
     positions = {
         name: {tuple(ids): places for ids, places in zip(data["input_ids"][:], data["position_ids"][:], strict=True)}
         for name, data in (("new", new), ("old", old))

@@ -27,7 +27,8 @@ Order = Literal["shuffled", "original", "host"]
 Unit = Literal["samples", "tokens"]
 MAX_WINDOW = 1 << 15
 _CHUNK = 1 << 15
-EXACT_DRAWS = 1 << 22
+EXACT_DRAWS = 1 << 18
+"""Draws that shares in tokens are worked out for where a forecast is asked for: about a second."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ class SamplePlan:
             random chains of segments, 2.4 when sources come and go.) The Trainer binding sets it to the global batch.
         phases (`tuple[Phase, ...]`): disjoint named ranges; phase number 0 is "outside any", k is `phases[k - 1]`.
         unit (`str`, *optional*, defaults to `"samples"`): what the weights are shares of. `"tokens"` needs the
-            `lengths` of every source; at window ends a source is then within half of ((1 − share) of its longest row
-            plus `share` of the others' longest rows together) of its share: half a row for two sources alike.
+            `lengths` of every source; at window ends a source is then at most (its longest row + the mean of all
+            longest rows)/2 tokens ahead of its share, and was never seen to be a longest row behind.
         cursors (`tuple[Cursor, ...]`): for shares in tokens, where the order may be computed from instead of draw 0.
 
     Raises:
@@ -277,8 +278,9 @@ class SamplePlan:
             raise ValueError(f"segments can be added at the end only: {self.segments} is not how {segments} begins")
         added = segments[len(self.segments) :]
         cursors = self.cursors
-        if isinstance(self._mixture, TokenMixture) and added:
-            cursors = tuple(cursor for cursor in self._mixture.cursors if cursor.index <= added[0].start)
+        if self.unit == "tokens" and isinstance(self._mixture, TokenMixture) and added:
+            # A cursor at the start itself counts in the units of the mixture that was.
+            cursors = tuple(cursor for cursor in self._mixture.cursors if cursor.index < added[0].start)
         return dataclasses.replace(self, segments=segments, cursors=cursors)
 
     def with_phase(self, name: str, start: int, stop: int) -> SamplePlan:

@@ -1,24 +1,24 @@
-"""Which source comes next when shares are counted in tokens and rows differ in length.
+"""Which source comes next when shares are counted in tokens and rows differ in length: largest deficit first.
 
-Source k with share s_k is served by virtual time: its next row, of l tokens after c_k tokens so far, is due at
-(c_k + l/2) / s_k, and the row due first goes first (weighted fair queueing, with the middle of a row as its stamp).
-At virtual time v every source has received s_k·v tokens to within half of its longest row L_k, hence after T tokens
+After T tokens in all, source k with share s_k should have had s_k·T of them. Served next is the source whose deficit,
+counted to the middle of its next row of l tokens, is largest: s_k·(T + l) − (c_k + l/2) for c_k tokens so far; of
+equal ones the first. Since deficits sum to 0, the source served is never more than
 
-    |c_k − s_k·T| ≤ ((1 − s_k)·L_k + s_k·Σ_{j≠k} L_j) / 2,
+    (L_k + mean of all L_j)/2
 
-half a row for two sources of equal rows. "Largest deficit first" holds a looser bound (a whole row ahead, the sum of
-all others' rows behind) and cannot be computed for many draws at once; this is a merge of sorted sequences.
+tokens ahead of its share, L being longest rows: less than a row where rows are alike, half a row for two sources of
+them. No source was ever seen to be behind by more than one longest row, also where mixtures change on the way
+(`tests/test_tokens.py`).
 
-Rows depend on lengths, so the order is not a closed formula of the position: it is computed in blocks, and a cursor (a
-few integers a source) is kept at each block's start. Any block follows from the cursor before it, in integers; keys
-are divided once in IEEE double precision, which rounds the same everywhere.
+The order depends on lengths, so it is no closed formula of the position: it is computed draw by draw, in integers, and
+a cursor (a few integers a source) is kept at each block's start. Any block follows from the cursor before it.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,33 +28,33 @@ from numpy.typing import NDArray
 __all__ = ["Cursor", "TokenMixture"]
 
 _UNIT = 1 << 16
-"""Residuals are multiples of 1/2^16 token."""
+"""What is carried from one mixture to the next is a multiple of 1/2^16 token."""
 _BLOCK = 1 << 14
 _KEPT = 4
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a token mixture stands before draw `index`: per source, draws and tokens served, and lead over its share.
+    """Where a token mixture stands before draw `index`: per source, draws and tokens served, and deficit.
 
-    `ahead` is in units of 2^-16 tokens and sums to 0.
+    `behind` sums to 0 and is in units of 1/(W·2^16) tokens, W being the sum of the weights in force at `index`.
     """
 
     index: int
     draws: tuple[int, ...]
     tokens: tuple[int, ...]
-    ahead: tuple[int, ...]
+    behind: tuple[int, ...]
 
     @classmethod
     def start(cls, sources: int) -> Cursor:
         return cls(0, (0,) * sources, (0,) * sources, (0,) * sources)
 
     def to_json(self) -> dict[str, Any]:
-        return {"index": self.index, "draws": [*self.draws], "tokens": [*self.tokens], "ahead": [*self.ahead]}
+        return {"index": self.index, "draws": [*self.draws], "tokens": [*self.tokens], "behind": [*self.behind]}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Cursor:
-        return cls(int(saved["index"]), *(tuple(map(int, saved[key])) for key in ("draws", "tokens", "ahead")))
+        return cls(int(saved["index"]), *(tuple(map(int, saved[key])) for key in ("draws", "tokens", "behind")))
 
 
 class TokenMixture:
@@ -71,7 +71,7 @@ class TokenMixture:
 
     >>> mixture = TokenMixture([(0, (1, 1))], lambda k, numbers: np.full(len(numbers), (30, 10)[k]), (30, 10))
     >>> mixture.look_up(0, 8)[0].tolist()  # three short rows for a long one
-    [1, 0, 1, 1, 1, 0, 1, 1]
+    [0, 1, 1, 1, 0, 1, 1, 1]
     """
 
     def __init__(
@@ -146,47 +146,79 @@ class TokenMixture:
         weights = self.segments[self._segment(cursor.index)][1]
         active = [k for k, weight in enumerate(weights) if weight]
         count = self._length(cursor)
-        spread = 1.25
-        while True:
-            candidates = {k: self._due(cursor, k, weights, count, spread) for k in active}
-            due = np.concatenate([candidates[k][0] for k in active])
-            # A source's next row after its candidates is due no earlier than the last of them; a block has no room
-            # for more than `count` of them.
-            open_ended = [float(stamps[-1]) for stamps, _ in candidates.values() if len(stamps) < count]
-            if not open_ended or int(np.count_nonzero(due < min(open_ended))) >= count:
-                break
-            spread *= 2
-        # Stable: the order within a source, and between sources where stamps are equal, stays.
-        order = np.argsort(due, kind="stable")[:count]
-        source = np.repeat(np.array(active, dtype=np.uint8), [len(candidates[k][0]) for k in active])[order]
+        chosen, behind = self._serve(cursor, weights, active, count)
+        source = np.array(active, dtype=np.uint8)[chosen]
         number = np.empty(count, dtype=np.int64)
-        draws, tokens, ahead = list(cursor.draws), list(cursor.tokens), list(cursor.ahead)
+        draws, tokens = list(cursor.draws), list(cursor.tokens)
         for k in active:
             mask = source == k
             taken = int(np.count_nonzero(mask))
             number[mask] = np.arange(draws[k], draws[k] + taken)
+            tokens[k] += int(self.lengths(k, np.arange(draws[k], draws[k] + taken)).sum(dtype=np.int64))
             draws[k] += taken
-            read = int(candidates[k][1][:taken].sum())
-            tokens[k] += read
-            ahead[k] += read * _UNIT
-        total, scale = (sum(tokens) - sum(cursor.tokens)) * _UNIT, sum(weights)
-        ahead = [lead - (total * weight + scale // 2) // scale for lead, weight in zip(ahead, weights, strict=True)]
-        # Rounding leaves a few units; the largest weight takes them, for which they matter least.
-        ahead[weights.index(max(weights))] -= sum(ahead)
+        following = self.segments[self._segment(cursor.index + count)][1]
+        if following is not weights:
+            behind = _rescaled(behind, sum(weights), sum(following), weights.index(max(weights)))
         self._recent[cursor.index] = (source, number)
         while len(self._recent) > _KEPT:
             self._recent.popitem(last=False)
-        return (source, number), Cursor(cursor.index + count, tuple(draws), tuple(tokens), tuple(ahead))
+        return (source, number), Cursor(cursor.index + count, tuple(draws), tuple(tokens), tuple(behind))
 
-    def _due(
-        self, cursor: Cursor, k: int, weights: tuple[int, ...], count: int, spread: float
-    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Stamps of the next rows of source k, and their lengths: more than a block of `count` draws should need."""
-        rate = sum(weight / mean for weight, mean in zip(weights, self.means, strict=True) if weight)
-        share = weights[k] / self.means[k] / rate
-        wanted = min(int(count * share * spread) + 64, count)
-        lengths = self.lengths(k, np.arange(cursor.draws[k], cursor.draws[k] + wanted)).astype(np.int64)
-        middle = 2 * np.cumsum(lengths) - lengths
-        middle *= _UNIT
-        middle += 2 * cursor.ahead[k]
-        return middle / weights[k], lengths
+    def _serve(
+        self, cursor: Cursor, weights: tuple[int, ...], active: list[int], count: int
+    ) -> tuple[list[int], list[int]]:
+        """Which of the `active` sources each of the next `count` draws goes to, and everybody's deficit afterwards."""
+        total = sum(weights)
+        rate = sum(weights[k] / self.means[k] for k in active)
+        waiting = []
+        for k in active:
+            wanted = int(1.25 * count * weights[k] / self.means[k] / rate) + 64
+            waiting.append(_Rows(self.lengths, k, cursor.draws[k], wanted))
+        behind = [cursor.behind[k] for k in active]
+        # Twice the deficit at the middle of the next row, in units of 1/(W·2^16) tokens.
+        own = [(2 * weights[k] - total) * _UNIT for k in active]
+        gains = [2 * weights[k] * _UNIT for k in active]
+        heads = [rows.next() for rows in waiting]
+        due = [2 * lag + half * head for lag, half, head in zip(behind, own, heads, strict=True)]
+        chosen = []
+        served = [0] * len(active)
+        for _ in range(count):
+            best = due.index(max(due))
+            chosen.append(best)
+            length = heads[best]
+            served[best] += length
+            due = [stamp + gain * length for stamp, gain in zip(due, gains, strict=True)]
+            heads[best] = waiting[best].next()
+            due[best] += own[best] * (heads[best] - length) - 2 * total * _UNIT * length
+        read = sum(served)
+        after = list(cursor.behind)
+        for number, k in enumerate(active):
+            after[k] += (weights[k] * read - total * served[number]) * _UNIT
+        return chosen, after
+
+
+class _Rows:
+    """Lengths of the rows of a source one by one, looked up many at a time."""
+
+    def __init__(
+        self, lengths: Callable[[int, NDArray[np.int64]], NDArray[np.integer]], k: int, start: int, size: int
+    ):
+        self.lengths, self.k, self.at, self.size = lengths, k, start, size
+        self.found: Iterator[int] = iter(())
+
+    def next(self) -> int:
+        length = next(self.found, None)
+        if length is None:
+            numbers = np.arange(self.at, self.at + self.size)
+            self.found = iter(self.lengths(self.k, numbers).tolist())
+            self.at += self.size
+            length = next(self.found)
+        return length
+
+
+def _rescaled(behind: Sequence[int], old: int, new: int, largest: int) -> list[int]:
+    """Deficits in units of 1/(old·2^16) tokens as units of 1/(new·2^16), rounded to 2^-16 tokens and summing to 0."""
+    rounded = [(lag + old // 2) // old for lag in behind]
+    # Rounding leaves a few units; the largest weight takes them, for which they matter least.
+    rounded[largest] -= sum(rounded)
+    return [lag * new for lag in rounded]

@@ -1,0 +1,1395 @@
+"""What users get wrong, one row a mistake, with the error that they are to see; `test_bad_inputs.py` runs the rows.
+
+A row's `prepare` is given an empty folder, makes there what the mistake needs (a recipe, a checkpoint, a Trainer) and
+returns the mistake itself: a call that has to raise `error` with `text` in its message, raised by a line of this
+package, with nothing changed outside `folder / "output"`. Where the call is `extend`, the Trainer must be untouched.
+
+A check without a row can be lost without anybody noticing: a new check comes with its row.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from fractions import Fraction
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import settings
+import tiny
+import torch
+import yaml
+from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets.distributed import split_dataset_by_node
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    default_data_collator,
+)
+
+from hf_pretrain_ext import (
+    PackedCollator,
+    PlanConfig,
+    PluginError,
+    SamplePlan,
+    Source,
+    TrainerPlugin,
+    check_isolation,
+    extend,
+    pack,
+    read_trace,
+)
+from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
+from hf_pretrain_ext.checkpoint import STATE_FOLDER, CheckpointError, read_state, resolve, write_state
+from hf_pretrain_ext.demo.tokenizer import blocks, encode_documents, train_tokenizer
+from hf_pretrain_ext.loader import PlanCollator
+from hf_pretrain_ext.plan import Phase, Segment
+from hf_pretrain_ext.recipe import RecipeError, load_recipe
+from hf_pretrain_ext.reload import load_converted
+from hf_pretrain_ext.report.html import report
+from hf_pretrain_ext.schedules import RewarmConfig, cosine
+from hf_pretrain_ext.streams import StreamError, StreamMark, StreamReader
+
+CATEGORIES = ("settings", "recipes", "datasets", "tokenizers", "checkpoints")
+MANIFEST, STATE_FILE = f"{STATE_FOLDER}/manifest.json", f"{STATE_FOLDER}/state.json"
+
+Act = Callable[[], Any]
+Prepare = Callable[[Path], Act]
+
+
+class Row(NamedTuple):
+    category: str
+    name: str
+    prepare: Prepare
+    error: type[Exception]
+    text: str
+
+
+ROWS: list[Row] = []
+
+
+def add(category: str, error: type[Exception], *rows: tuple[str, Prepare, str]) -> None:
+    ROWS.extend(Row(category, name, prepare, error, text) for name, prepare, text in rows)
+
+
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Prepare:
+    """A mistake that needs no folder."""
+    return lambda folder: partial(function, *args, **kwargs)
+
+
+def extending(*make: Callable[[], Any], plan: Any = None, on_nonfinite: Any = None, **arguments: Any) -> Prepare:
+    """`extend` of a Trainer with `arguments`, and plug-ins made anew."""
+
+    def prepare(folder: Path) -> Act:
+        given = {name: value() if name == "data" and callable(value) else value for name, value in arguments.items()}
+        trainer = tiny.trainer(folder / "output", **given)
+        return partial(extend, trainer, *(each() for each in make), plan=plan, on_nonfinite=on_nonfinite)
+
+    return prepare
+
+
+def replaying(old: Any = None, *, data: Any = None, plan: Any = None, **arguments: Any) -> Prepare:
+    """`extend` with a ReplayCallback; `old` and `data` are functions that give datasets."""
+    own = {name: arguments.pop(name) for name in ("weights", "ratio_changes", "unit", "mode") if name in arguments}
+    ratio = arguments.pop("ratio", 0.25)
+    return extending(
+        lambda: ReplayCallback((old or old_rows)(), ratio=ratio, **own), plan=plan, data=data or new_rows, **arguments
+    )
+
+
+def probing(held_out: Callable[[], Any], **arguments: Any) -> Prepare:
+    """`extend` with a ForgettingCallback over the set "old"."""
+    return extending(lambda: ForgettingCallback({"old": held_out()}), **arguments)
+
+
+def new_rows(number: int = 40, **kwargs: Any) -> Dataset:
+    return tiny.rows(number, seed=1, **kwargs)
+
+
+def old_rows(number: int = 12, **kwargs: Any) -> Dataset:
+    return tiny.rows(number, seed=2, **kwargs)
+
+
+def stream(number: int = 12) -> Any:
+    return old_rows(number).to_iterable_dataset()
+
+
+# --- settings ---------------------------------------------------------------------------------------
+
+LENGTH = 'warmup must be an int (steps), a float in [0, 1) (fraction of the run) or a string such as "500 steps"'
+RATE = 'min_lr must be a learning rate such as 3e-5, or a share of the peak such as "10%"'
+RATIO = "ratio must be what is replayed out of all, at least 0 and below 1, got "
+INFINITE = "an infinite schedule needs 0 < min_lr <= const_lr <= peak_lr (its exponential anneal cannot reach 0), got "
+
+
+def rewarm(peak_lr: Any = 1e-2, **kwargs: Any) -> Prepare:
+    return call(RewarmCallback, peak_lr, **kwargs)
+
+
+def forgetting(**kwargs: Any) -> Prepare:
+    return call(ForgettingCallback, {"old": []}, **kwargs)
+
+
+def replay(**kwargs: Any) -> Prepare:
+    return call(ReplayCallback, {"wiki": [], "code": []}, **kwargs)
+
+
+add(
+    "settings",
+    ValueError,
+    ("warmup above 1", rewarm(warmup=1.5), f"{LENGTH}, got 1.5: write 1.5 steps as an int"),
+    ("warmup negative", rewarm(warmup=-3), f"{LENGTH}, got -3"),
+    (
+        "warmup with a unit of its own",
+        rewarm(warmup="2 parsecs"),
+        f"""{LENGTH}, "2%" or "1B tokens", got '2 parsecs'""",
+    ),
+    ("warmup of parts of a step", rewarm(warmup="1.5 steps"), "a number of steps is whole, got '1.5 steps'"),
+    ("warmup of all", rewarm(warmup="100%"), "'100%' is not below 100%"),
+    ("warmup None", rewarm(warmup=None), f"{LENGTH}, got None"),
+    ("warmup True", rewarm(warmup=True), f"{LENGTH}, got True"),
+    (
+        "warmup in tokens, run unknown",
+        lambda folder: lambda: RewarmConfig(1e-2, warmup="2M tokens").build(100),
+        "warmup='2M tokens' is in tokens, but the tokens of a step are not known here: use `extend(trainer)` and data",
+    ),
+    ("peak_lr zero", rewarm(0), "peak_lr must be a positive learning rate such as 3e-4, got 0"),
+    ("peak_lr left out", rewarm(None), "peak_lr must be a positive learning rate such as 3e-4, got None"),
+    ("peak_lr as text", rewarm("3e-4"), "peak_lr must be a positive learning rate such as 3e-4, got '3e-4'"),
+    ("min_lr negative", rewarm(min_lr=-1e-5), f"{RATE}, got -1e-05"),
+    ("min_lr unreadable", rewarm(min_lr="low"), f"{RATE}, got 'low'"),
+    ("min_lr above the peak", rewarm(min_lr="200%"), "min_lr 0.02 is above peak_lr 0.01"),
+    ("start_lr infinite", rewarm(start_lr=float("inf")), "start_lr must be a learning rate such as 3e-5"),
+    ("total_steps zero", rewarm(total_steps=0), "total_steps must be a positive int (optimizer steps), got 0"),
+    ("schedule unknown", rewarm(schedule="cosin"), "schedule must be one of ['cosine', 'infinite_cosine'"),
+    ("schedule a number", rewarm(schedule=3), "schedule must be a name or a function of the step, got 3"),
+    ("decay of a cosine", rewarm(decay=0.2), "decay is an option of schedule wsd, not of 'cosine'"),
+    (
+        "cooldown of a wsd",
+        rewarm(schedule="wsd", cooldown=0.2),
+        "cooldown is an option of schedule infinite_cosine or infinite_linear or infinite_rsqrt, not of 'wsd'",
+    ),
+    ("min_lr 0 of an anneal", rewarm(schedule="infinite_cosine", min_lr=0), f"{INFINITE}min_lr 0, const_lr 0.005"),
+    ("const_lr too high", rewarm(schedule="infinite_rsqrt", const_lr=1), f"{INFINITE}min_lr 0.001, const_lr 1"),
+    (
+        "phases longer than the run",
+        call(cosine, total_steps=10, peak_lr=1.0, warmup=10),
+        "warmup of 10 steps leaves nothing of a schedule of 10 steps to decay over",
+    ),
+    ("ratio 1", replay(ratio=1.0), f"{RATIO}1.0"),
+    ("ratio in percent", replay(ratio="5%"), f"{RATIO}'5%'"),
+    ("ratio None", replay(ratio=None), f"{RATIO}None"),
+    ("ratio tiny", replay(ratio=1e-6), "ratio must be 0 or at least 1/65536, the smallest share of a plan, got 1e-06"),
+    ("mode", replay(mode="extra"), "mode must be one of ('equivalent', 'additional'), got 'extra'"),
+    ("order of replay", replay(order="random"), "order must be one of ('shuffled', 'original'), got 'random'"),
+    ("unit", replay(unit="words"), "unit must be one of ('samples', 'tokens'), got 'words'"),
+    ("weight zero", replay(weights={"wiki": 0, "code": 1}), "weights['wiki'] must be a positive number, got 0"),
+    (
+        "weights of others",
+        replay(weights={"wiki": 1, "books": 1}),
+        "weights must name the datasets ['code', 'wiki'], got ['books', 'wiki']",
+    ),
+    ("later ratio", replay(ratio_changes={0.5: 2}), "ratio_changes['0.5'] must be what is replayed out of all"),
+    (
+        "point of a later ratio",
+        replay(ratio_changes={"half": 0.1}),
+        "ratio_changes must be an int (steps), a float in [0, 1)",
+    ),
+    (
+        "later ratio at the start",
+        replay(ratio_changes={0: 0.1}),
+        "ratio_changes must hold points after the start, got '0': that is `ratio`",
+    ),
+    ("weights in a row", replay(weights=[1, 2]), "weights must be a dict, or one as JSON, got [1, 2]"),
+    (
+        "weights as torn JSON",
+        replay(weights='{"wiki": 1'),
+        "weights must be a dict, or one as JSON, got '{\"wiki\": 1'",
+    ),
+    ("weights of none", replay(weights={}), "weights is empty: leave it out"),
+    ("later ratios a number", replay(ratio_changes=0.1), "ratio_changes must be a dict, or one as JSON, got 0.1"),
+    ("every zero", forgetting(every=0), "every must be at least one step, got 0"),
+    ("every unreadable", forgetting(every="often"), "every must be an int (steps), a float in [0, 1)"),
+    ("first_steps", forgetting(first_steps="all"), "first_steps must be 'dense' or 'sparse', got 'all'"),
+    ("max_samples", forgetting(max_samples=0), "max_samples must be a positive int (rows), got 0"),
+    ("batch_size", forgetting(batch_size=2.5), "batch_size must be a positive int (rows), got 2.5"),
+    ("alert_if unknown", forgetting(alert_if={"new": 1}), "alert_if: 'new' is not one of the sets ['old']"),
+    (
+        "stop_if negative",
+        forgetting(stop_if={"old": -0.1}),
+        "stop_if['old'] must be a positive rise in nats, got -0.1",
+    ),
+    ("order of the plan", call(PlanConfig, order="random"), "order must be one of ('shuffled', 'original', 'host')"),
+    ("window", call(PlanConfig, window=0), "window must lie in 1..32768 draws, got 0"),
+    ("on_nonfinite", extending(on_nonfinite="ignore"), "on_nonfinite must be one of ('report', 'stop', 'skip'), got"),
+    ("rows of a source", call(Source, "old", 0), "source 'old': num_rows must lie in 1..2^62, got 0"),
+    ("order of a source", call(Source, "old", 3, order="up"), "source 'old': order must be one of ('shuffled',"),
+    (
+        "lengths of a source",
+        call(Source, "old", 3, lengths=np.array([1, 2])),
+        "source 'old': lengths must hold a number of tokens for each of its 3 rows, got shape (2,)",
+    ),
+    ("no sources", call(SamplePlan, ()), "a plan needs 1 to 255 sources, got 0"),
+    (
+        "sources of one name",
+        call(SamplePlan, (Source("a", 1), Source("a", 2))),
+        "names must be distinct, got ['a', 'a']",
+    ),
+    ("stream without an epoch", call(SamplePlan, (Source("a", None),)), "with a stream first, it must be given"),
+    ("window of a plan", call(SamplePlan, (Source("a", 1),), window=0), "window must lie in 1..32768 draws, got 0"),
+    ("unit of a plan", call(SamplePlan, (Source("a", 1),), unit="words"), "unit must be one of ('samples', 'tokens')"),
+    (
+        "tokens without lengths",
+        call(SamplePlan, (Source("a", 1),), unit="tokens"),
+        "source 'a': shares in tokens need `lengths` that are not all 0",
+    ),
+    (
+        "phases that overlap",
+        lambda folder: lambda: SamplePlan((Source("a", 9),)).with_phase("x", 0, 5).with_phase("y", 3, 8),
+        "phases must be disjoint, in order and not empty, got",
+    ),
+    (
+        "first segment late",
+        call(SamplePlan, (Source("a", 9),), (Segment(3, (1,)),)),
+        "the first segment must start at draw 0, got 3",
+    ),
+    (
+        "segments that were not there",
+        lambda folder: lambda: SamplePlan((Source("a", 9),)).with_segments((Segment(0, (2,)),)),
+        "segments can be added at the end only",
+    ),
+    (
+        "too many phases",
+        call(SamplePlan, (Source("a", 9),), phases=tuple(Phase("x", n, n + 1) for n in range(256))),
+        "a plan has at most 255 phases, got 256",
+    ),
+    (
+        "segment of other sources",
+        call(SamplePlan, (Source("a", 9),), (Segment(0, (1, 1)),)),
+        "must hold one weight for each of the 1 sources",
+    ),
+    (
+        "segment without weight",
+        call(SamplePlan, (Source("a", 9),), (Segment(0, (0,)),)),
+        "must hold non-negative weights that sum to 1..65536",
+    ),
+    (
+        "segment inside a window",
+        call(SamplePlan, (Source("a", 9),), (Segment(0, (1,)), Segment(3, (2,))), window=2),
+        "must start at a multiple of the window of 2 draws",
+    ),
+    (
+        "segments that fall",
+        call(SamplePlan, (Source("a", 9),), (Segment(0, (1,)), Segment(0, (2,)))),
+        "segments must have rising starts, got 0 then 0",
+    ),
+    (
+        "share of all",
+        lambda folder: lambda: SamplePlan((Source("a", 9),)).with_source(Source("b", 9), 1.0),
+        "share must lie in [0, 1), one for each of 1 sources and together below 1, got [1.0] from draw 0 on",
+    ),
+    (
+        "shares that begin late",
+        lambda folder: lambda: SamplePlan((Source("a", 9),)).with_sources([Source("b", 9)], [(4, [Fraction(1, 2)])]),
+        "shares must begin at draw 0, got [4]",
+    ),
+)
+
+
+class Toy(TrainerPlugin):
+    name = "toy"
+
+
+class Enemy(TrainerPlugin):
+    name, conflicts = "enemy", ("toy",)
+
+
+class Waits(TrainerPlugin):
+    name, after = "waits", ("waited-for",)
+
+
+class WaitedFor(TrainerPlugin):
+    name, after = "waited-for", ("waits",)
+
+
+class Nameless(TrainerPlugin):
+    pass
+
+
+class OwnLoader(Trainer):
+    def get_train_dataloader(self) -> Any:
+        return super().get_train_dataloader()
+
+
+def on_two_ranks(folder: Path) -> Act:
+    """A plug-in that says it cannot: seen by the checks alone, without a second process."""
+
+    class Alone(Toy):
+        distributed = {"ddp": "refused: keeps a table of its own"}
+
+    trainer = tiny.trainer(folder / "output")
+    trainer.args._n_gpu, trainer.args.distributed_state = 0, SimpleNamespace(num_processes=2, process_index=0)
+    return partial(extend, trainer, Alone())
+
+
+def given_optimizer(rate: float, scheduler: bool = False) -> Prepare:
+    def prepare(folder: Path) -> Act:
+        model = tiny.model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        made = Trainer(
+            model=model,
+            args=tiny.arguments(folder / "output"),
+            train_dataset=new_rows(),
+            data_collator=default_data_collator,
+            callbacks=[RewarmCallback(1e-2)],
+            optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer) if scheduler else None),
+        )
+        return partial(extend, made)
+
+    return prepare
+
+
+def own_optimizer_twice(folder: Path) -> Act:
+    class Sgd(TrainerPlugin):
+        name = "sgd"
+
+        def optimizer(self, model: Any, args: Any) -> Any:
+            return torch.optim.SGD(model.parameters(), lr=args.learning_rate)
+
+    model = tiny.model()
+    made = Trainer(
+        model=model,
+        args=tiny.arguments(folder / "output"),
+        train_dataset=new_rows(),
+        data_collator=default_data_collator,
+        optimizers=(torch.optim.SGD(model.parameters(), lr=1e-2), None),
+    )
+    return partial(extend, made, Sgd())
+
+
+class SecondSchedule(TrainerPlugin):
+    name = "second"
+
+    def schedule(self, args: Any, total_steps: int) -> Any:
+        return cosine(total_steps=total_steps, peak_lr=1.0)
+
+
+add(
+    "settings",
+    PluginError,
+    ("two of a name", extending(Toy, Toy), "toy: is there 2 times. Keep one; concatenate_datasets joins data."),
+    ("no name", extending(Nameless), "Nameless: has no name. Set the class attribute `name`."),
+    ("conflict", extending(Toy, Enemy), "enemy: cannot run together with toy. Remove one of the two."),
+    ("circle", extending(Waits, WaitedFor), "plug-ins wait for each other: ['waited-for', 'waits']"),
+    (
+        "two schedules",
+        extending(lambda: RewarmCallback(1e-2), SecondSchedule),
+        "rewarm and second: both own the learning-rate schedule. Keep one of them.",
+    ),
+    ("plan without use", extending(Toy, plan=PlanConfig(order="host")), "no plug-in decides the order. Leave it out"),
+    ("refused on ranks", on_two_ranks, "toy: refused: keeps a table of its own (ddp). Train without it, or on one"),
+    (
+        "own scheduler",
+        given_optimizer(1e-2, scheduler=True),
+        "was given its own scheduler (ConstantLR), which would win",
+    ),
+    ("own optimizer", own_optimizer_twice, "sgd: the Trainer was built with its own optimizer, which would win."),
+    (
+        "other rate",
+        given_optimizer(0.5),
+        "the optimizer's groups have the rates [0.5], none of them learning_rate=0.01",
+    ),
+    (
+        "learning_rate zero",
+        extending(lambda: RewarmCallback(1e-2), learning_rate=0.0),
+        "rewarm: learning_rate=0.0 of the TrainingArguments is the rate that peak_lr scales. Set learning_rate",
+    ),
+    (
+        "warmup longer than the run",
+        extending(lambda: RewarmCallback(1e-2, warmup=20)),
+        "rewarm: in a run of 6 steps, warmup of 20 steps leaves nothing of a schedule of 6 steps to decay over.",
+    ),
+    (
+        "schedule that gives no rate",
+        extending(lambda: RewarmCallback(schedule=lambda step: -1.0)),
+        "schedule must give a learning rate for every step, got -1.0 for step 0",
+    ),
+    (
+        "re-warming without effect",
+        extending(lambda: RewarmCallback(1e-2, warmup=0, min_lr="100%"), lr_scheduler_type="constant"),
+        "rewarm: would change nothing: the rate is 0.01 with and without it. Raise peak_lr, or pass allow_no_effect",
+    ),
+    ("replay without effect", replaying(ratio=0), "replay: would change nothing with ratio=0. Raise it, or pass"),
+    (
+        "later ratio after the end",
+        replaying(ratio_changes={100: 0.1}),
+        "ratio_changes: the ratio of 0.1 would start at step 100, but points must rise and lie between step 0 and the",
+    ),
+    (
+        "later ratio after the epochs",
+        replaying(mode="additional", ratio_changes={100: 0.1}, max_steps=-1, num_train_epochs=1),
+        "ratio_changes: points must rise and come before the end of the run; those of the ratios 0.1 do not. Change",
+    ),
+    ("group_by_length", replaying(train_sampling_strategy="group_by_length"), "train_sampling_strategy='group_by_le"),
+    ("sequential", replaying(train_sampling_strategy="sequential"), "plan=PlanConfig(order='original')` to `extend`"),
+    ("split_batches", replaying(accelerator_config={"split_batches": True}), "split_batches=True changes which rank"),
+    ("dispatch_batches", replaying(accelerator_config={"dispatch_batches": True}), "dispatch_batches=True reads all"),
+    ("auto_find_batch_size", extending(Toy, auto_find_batch_size=True), "toy: auto_find_batch_size would change the"),
+    ("own loader", replaying(cls=OwnLoader), "OwnLoader has a get_train_dataloader of its own, which would not be"),
+)
+add(
+    "settings",
+    TypeError,
+    ("no Trainer", call(extend, "trainer"), "extend needs a transformers.Trainer (or a subclass), got str"),
+    ("no callback", extending(lambda: "rewarm"), "extend takes callbacks after the trainer, got str"),
+)
+
+
+def plain_trainer(folder: Path, *plugins: Any, **arguments: Any) -> Act:
+    return tiny.trainer(folder / "output", *plugins, **arguments).train
+
+
+add(
+    "settings",
+    RuntimeError,
+    (
+        "plug-in without extend",
+        lambda folder: plain_trainer(folder, ReplayCallback(old_rows())),
+        "ReplayCallback needs more than a bare callback can do. Add one line before training",
+    ),
+    (
+        "mixture changed before training",
+        lambda folder: partial(extend(tiny.trainer(folder / "output")).plugin_run.change_mixture, {"train": 1}),
+        "the mixture can be changed while a run with a sample plan is training, by a plug-in with the class attribute",
+    ),
+)
+add(
+    "settings",
+    TypeError,
+    ("optimizer of nobody", lambda folder: partial(Toy().optimizer, None, None), "Toy does not own the optimizer"),
+    ("schedule of nobody", lambda folder: partial(Toy().schedule, None, 9), "Toy does not own the schedule"),
+    (
+        "plain Trainer with a scheduler of its own",
+        lambda folder: plain_trainer(
+            folder,
+            RewarmCallback(1e-2),
+            lr_scheduler_type="reduce_lr_on_plateau",
+            eval_strategy="steps",
+            eval_dataset=new_rows(4),
+        ),
+        "RewarmCallback in a plain Trainer needs a LambdaLR scheduler, got ReduceLROnPlateau. Use `extend(trainer)`",
+    ),
+)
+
+add(
+    "settings",
+    IndexError,
+    (
+        "draws that fall",
+        lambda folder: partial(SamplePlan((Source("a", 9),)).draws, 5, 3),
+        "draws(5, 3): start and stop must be non-negative and in order",
+    ),
+    (
+        "counts before the start",
+        lambda folder: partial(SamplePlan((Source("a", 9),)).counts, -1),
+        "counts(-1): stop must not be negative",
+    ),
+)
+
+
+class Changes(Toy):
+    """Changes the mixture after the second step."""
+
+    changes_mixture = True
+
+    def __init__(self, shares: dict[str, float], step: int | None = None):
+        self.shares, self.at = shares, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.run is not None and state.global_step == 2:
+            self.run.change_mixture(self.shares, self.at)
+
+
+def changing(shares: dict[str, float], step: int | None = None) -> Prepare:
+    def prepare(folder: Path) -> Act:
+        plugins = (ReplayCallback(old_rows(), ratio=0.25), Changes(shares, step))
+        return extend(tiny.trainer(folder / "output", *plugins, data=new_rows())).train
+
+    return prepare
+
+
+add(
+    "settings",
+    ValueError,
+    ("mixture of others", changing({"train": 1}), "shares must name the sources ['train', 'replay'], got ['train']"),
+    ("mixture of the past", changing({"train": 1, "replay": 1}, 1), "earlier ones are handed out already; got 1"),
+    (
+        "plain Trainer with another rate",
+        lambda folder: given_optimizer(0.5)(folder).args[0].train,
+        "RewarmCallback: the optimizer's groups have the rates [0.5], none of them learning_rate=0.01",
+    ),
+)
+
+# --- recipes ----------------------------------------------------------------------------------------
+
+JSONL = {"path": "json", "data_files": "new.jsonl"}
+
+
+def valid_recipe(**changes: Any) -> dict[str, Any]:
+    """A recipe that is right: nothing in it is loaded before `build`."""
+    return {
+        "model": "my-org/my-model",
+        "data": JSONL,
+        "pack": {"block_size": 16},
+        "training": {"output_dir": "runs/first", "max_steps": 6, "learning_rate": 1e-3},
+        "rewarm": {"peak_lr": 1e-3, "warmup": 2},
+        "replay": {"sources": {"old": JSONL}, "ratio": 0.25},
+        "forgetting": {"sets": {"old": JSONL}, "every": 3},
+        **changes,
+    }
+
+
+def recipe(content: str | None = None, *set_: str, **changes: Any) -> Prepare:
+    """`load_recipe` of a file with `content`, or of a right recipe with sections changed."""
+
+    def prepare(folder: Path) -> Act:
+        path = folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(valid_recipe(**changes)) if content is None else content, encoding="utf-8")
+        return partial(load_recipe, path, set_)
+
+    return prepare
+
+
+def training(**given: Any) -> Prepare:
+    return recipe(training={"output_dir": "runs/first", **given})
+
+
+def source(**given: Any) -> dict[str, Any]:
+    return {"sources": {"old": JSONL}, **given}
+
+
+add(
+    "recipes",
+    RecipeError,
+    ("no YAML", recipe("model: ["), "recipe.yaml is not YAML: while parsing"),
+    ("a list", recipe("- model\n- data"), "recipe.yaml must hold settings by name, got list"),
+    ("empty", recipe(""), "recipe.yaml must hold settings by name, got NoneType"),
+    ("a key twice", recipe("model: x\ndata: {path: json}\nmodel: y\n"), "recipe.yaml, line 3: 'model' is given twice"),
+    (
+        "code",
+        recipe("model: !!python/object/apply:os.system ['true']"),
+        "could not determine a constructor for the tag",
+    ),
+    ("a section misspelt", recipe(replya={}), "the recipe has no setting 'replya': did you mean 'replay'?"),
+    ("a section of nothing", recipe(qqqqq={}), "the recipe has no setting 'qqqqq': known are data, eval_data,"),
+    ("model missing", recipe("data: {path: json}\ntraining: {output_dir: x}"), "model is missing"),
+    ("data missing", recipe("model: x\ntraining: {output_dir: x}"), "data is missing"),
+    ("training missing", recipe("model: x\ndata: {path: json}"), "training is missing"),
+    ("model a list", recipe(model=["a"]), "model must hold settings by name, got ['a']"),
+    ("model without a name", recipe(model={"revision": "main"}), "model.name_or_path is missing: A name on the Hub"),
+    (
+        "revision a flag",
+        recipe(model={"name_or_path": "x", "revision": True}),
+        "revision must be str or none, got True",
+    ),
+    ("data a name", recipe(data="wiki"), "data must hold settings by name, got 'wiki'"),
+    (
+        "data misspelt",
+        recipe(data={"path": "json", "datafiles": "x"}),
+        "data has no setting 'datafiles': did you mean",
+    ),
+    (
+        "data_files a flag",
+        recipe(data={"path": "json", "data_files": True}),
+        "data.data_files must be str or list or no",
+    ),
+    ("streaming as text", recipe(data={**JSONL, "streaming": "yes"}), "data.streaming must be bool, got 'yes'"),
+    ("eval_data", recipe(eval_data={"name": "x"}), "eval_data.path is missing: A dataset on the Hub"),
+    ("trainer", recipe(trainer="ppo"), "trainer must be 'trainer' or 'sft', got 'ppo'"),
+    (
+        "on_nonfinite",
+        recipe(on_nonfinite="ignore"),
+        "on_nonfinite must be one of ('report', 'stop', 'skip'), got 'ign",
+    ),
+    ("output_dir missing", recipe(training={"max_steps": 3}), "training.output_dir is missing: it says where"),
+    ("training a list", recipe(training=["max_steps"]), "training must hold settings by name, got ['max_steps']"),
+    (
+        "training misspelt",
+        training(learning_rat=1),
+        "training has no setting 'learning_rat': did you mean 'learning_ra",
+    ),
+    ("steps with a unit", training(max_steps="3 steps"), "training.max_steps must be int, got '3 steps'"),
+    ("steps a flag", training(max_steps=True), "training.max_steps must be int, got True"),
+    ("a flag as a number", training(bf16=1), "training.bf16 must be bool, got 1"),
+    ("pack without a size", recipe(pack={"isolate": True}), "pack.block_size is missing: Tokens a block."),
+    ("pack misspelt", recipe(pack={"blocksize": 3}), "pack has no setting 'blocksize': did you mean 'block_size'?"),
+    ("block_size as text", recipe(pack={"block_size": "many"}), "pack.block_size must be int, got 'many'"),
+    (
+        "remainder",
+        recipe(pack={"block_size": 16, "remainder": "keep"}),
+        "pack.remainder must be 'drop' or 'pad', got 'keep'",
+    ),
+    ("pack for TRL", recipe(trainer="sft"), "pack: SFTTrainer packs by itself; set training.packing and"),
+    (
+        "plan.order",
+        recipe(plan={"order": "random"}),
+        "plan.order must be 'shuffled' or 'original' or 'host', got 'rand",
+    ),
+    ("plan.window", recipe(plan={"window": 100_000}), "plan: window must lie in 1..32768 draws, got 100000"),
+    ("rewarm misspelt", recipe(rewarm={"peak": 1e-3}), "rewarm has no setting 'peak': did you mean 'peak_lr'?"),
+    ("rewarm without a peak", recipe(rewarm={"warmup": 2}), "rewarm.peak_lr is missing: Learning rate to re-warm to"),
+    ("rewarm.peak_lr", recipe(rewarm={"peak_lr": "high"}), "rewarm.peak_lr must be float, got 'high'"),
+    ("rewarm.peak_lr negative", recipe(rewarm={"peak_lr": -1.0}), "rewarm: peak_lr must be a positive learning rate"),
+    (
+        "rewarm.schedule",
+        recipe(rewarm={"peak_lr": 1e-3, "schedule": "up"}),
+        "rewarm: schedule must be one of ['cosine'",
+    ),
+    ("rewarm.warmup", recipe(rewarm={"peak_lr": 1e-3, "warmup": 1.5}), f"rewarm: {LENGTH}, got 1.5: write 1.5 steps"),
+    ("replay without sources", recipe(replay={"ratio": 0.1}), "replay.sources is missing: name at least one dataset"),
+    ("replay a number", recipe(replay=0.05), "replay must hold settings by name, got 0.05"),
+    ("sources a list", recipe(replay={"sources": ["old"]}), "replay.sources must hold settings by name, got ['old']"),
+    ("source misspelt", recipe(replay={"sources": {"a": {"pth": "x"}}}), "replay.sources.a has no setting 'pth': did"),
+    ("replay.ratio", recipe(replay=source(ratio=2)), f"replay: {RATIO}2.0"),
+    (
+        "replay.mode",
+        recipe(replay=source(mode="more")),
+        "replay.mode must be 'equivalent' or 'additional', got 'more'",
+    ),
+    ("replay misspelt", recipe(replay=source(ration=0.1)), "replay has no setting 'ration': did you mean 'ratio'?"),
+    (
+        "weight of a source",
+        recipe(replay={"sources": {"a": {"path": "json", "weight": "half"}}}),
+        "weight must be float",
+    ),
+    ("forgetting without sets", recipe(forgetting={"every": 3}), "forgetting.sets is missing: name at least one"),
+    ("forgetting misspelt", recipe(forgetting={"sets": {"a": JSONL}, "evry": 3}), "did you mean 'every'?"),
+    ("forgetting.every", recipe(forgetting={"sets": {"a": JSONL}, "every": 0}), "forgetting: every must be at least"),
+    (
+        "a change without a value",
+        recipe(None, "training.max_steps"),
+        "a change reads KEY=VALUE, such as training.max_st",
+    ),
+    ("a change of no key", recipe(None, "=3"), "a change reads KEY=VALUE, such as training.max_steps=100; got '=3'"),
+    (
+        "a change inside text",
+        recipe(None, "model.name=y"),
+        "'model.name=y': model holds 'my-org/my-model', not settings",
+    ),
+    ("a change misspelt", recipe(None, "rewarm.peak=1"), "rewarm has no setting 'peak': did you mean 'peak_lr'?"),
+)
+
+
+def raw_text_recipe(folder: Path) -> Act:
+    """Text and no section `pack`: seen when the data is loaded."""
+    tokenizer = words()
+    model = tiny.model()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "new.jsonl").write_text('{"text": "a b"}\n')
+    content = {
+        "model": str(folder / "model"),
+        "data": {"path": "json", "data_files": str(folder / "new.jsonl")},
+        "training": {"output_dir": str(folder / "output"), "max_steps": 1, "report_to": "none", "use_cpu": True},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return load_recipe(folder / "recipe.yaml").build
+
+
+add(
+    "recipes",
+    RecipeError,
+    (
+        "raw text without pack",
+        raw_text_recipe,
+        "hold ['text'] and no input_ids: add a section `pack: {block_size: 1024}",
+    ),
+)
+
+# --- datasets ---------------------------------------------------------------------------------------
+
+
+class Neither:
+    """Rows by number, but nobody knows how many."""
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {"input_ids": [number], "labels": [number]}
+
+
+def streamed_without_length(folder: Path) -> Act:
+    trainer = tiny.trainer(folder / "output", data=stream())
+    trainer.args.max_steps = -1
+    return partial(extend, trainer, ReplayCallback(old_rows()))
+
+
+def without_data(folder: Path) -> Act:
+    trainer = tiny.trainer(folder / "output")
+    trainer.train_dataset = None
+    return partial(extend, trainer, ReplayCallback(old_rows()))
+
+
+def unknown_kind(folder: Path) -> Act:
+    trainer = tiny.trainer(folder / "output")
+    trainer.train_dataset = Neither()
+    return partial(extend, trainer, ReplayCallback(old_rows()))
+
+
+def raw() -> Dataset:
+    return Dataset.from_dict({"text": ["raw"]})
+
+
+add(
+    "datasets",
+    PluginError,
+    ("replay empty", replaying(lambda: old_rows().select([])), "replay: the replay data is empty. Pass old data, or"),
+    ("replay of splits", replaying(lambda: DatasetDict(train=old_rows())), "is a DatasetDict, whose rows cannot be"),
+    ("replay a path", replaying(lambda: "old.jsonl"), "the replay data is a str, whose rows cannot be looked up by"),
+    (
+        "replay None",
+        replaying(lambda: None),
+        "the replay data is a NoneType, whose rows cannot be looked up by number",
+    ),
+    (
+        "replay read once",
+        replaying(lambda: iter(list(old_rows()))),
+        "is a list_iterator, which can be read only once.",
+    ),
+    ("replay split", replaying(lambda: split_dataset_by_node(stream(), 0, 2)), "(`split_dataset_by_node`). Pass the"),
+    (
+        "replay stream empty",
+        replaying(lambda: stream().take(0)),
+        "or the training data is a stream without rows. Pass",
+    ),
+    ("replay named train", replaying(lambda: {"train": old_rows()}), "a source is named 'train', as the new data is."),
+    ("replay raw", replaying(raw), "replay: the replay data cannot be used: No columns in the dataset match"),
+    (
+        "replay without labels",
+        replaying(lambda: old_rows().remove_columns("labels")),
+        "the replay data has the columns ['input_ids'], the training data ['input_ids', 'labels']. Prepare both",
+    ),
+    (
+        "replay of another length",
+        replaying(lambda: old_rows(length=12)),
+        "replayed rows have 12 tokens, new rows 16. Cut both into blocks of one length, or use a collator that pads.",
+    ),
+    (
+        "replay of unknown size",
+        replaying(lambda: {"a": old_rows(), "b": stream()}),
+        "replay: the size of the stream 'b' is not known. Pass `weights` for all datasets.",
+    ),
+    (
+        "tokens of no rows",
+        replaying(lambda: Dataset.from_dict({"input_ids": [[], []], "labels": [[], []]}), unit="tokens"),
+        "replay: source 'replay': shares in tokens need to know how many tokens a row holds. Change that setting.",
+    ),
+    (
+        "no training data",
+        without_data,
+        "replay: the Trainer has no train_dataset. Pass `train_dataset=` to the Trainer",
+    ),
+    (
+        "training empty",
+        replaying(data=lambda: new_rows().select([])),
+        "the train_dataset is empty. Pass a dataset with",
+    ),
+    ("training of no kind", unknown_kind, "the train_dataset is a Neither, neither map-style nor a stream. Use a"),
+    (
+        "training stream",
+        streamed_without_length,
+        "the train_dataset is a stream, whose length nobody knows. Set `max_s",
+    ),
+    (
+        "training stream split",
+        replaying(data=lambda: split_dataset_by_node(stream(), 0, 2)),
+        "the train_dataset was split over ranks (`split_dataset_by_node`). Pass the whole stream",
+    ),
+    (
+        "held-out empty",
+        probing(lambda: old_rows().select([])),
+        "forgetting[old]: is empty. Pass held-out rows, or leave",
+    ),
+    (
+        "held-out stream",
+        probing(stream),
+        "forgetting[old]: is a IterableDataset, whose rows cannot be looked up by num",
+    ),
+    (
+        "held-out None",
+        probing(lambda: None),
+        "forgetting[old]: is a NoneType, whose rows cannot be looked up by number",
+    ),
+    ("held-out raw", probing(raw), "forgetting[old]: cannot be used: No columns in the dataset match"),
+    (
+        "held-out without labels",
+        probing(lambda: old_rows().remove_columns("labels")),
+        "forgetting[old]: gives batches without labels, so there is no loss. Add labels, or a collator that makes",
+    ),
+    (
+        "held-out that cannot be collated",
+        probing(lambda: ["text", "more"]),
+        "forgetting[old]: its rows cannot be collated (TypeError: ",
+    ),
+    (
+        "held-out with a name of eval_dataset",
+        extending(lambda: ForgettingCallback({"old": old_rows()}), eval_dataset={"old": new_rows(4)}),
+        "has the name of a set in the Trainer's eval_dataset, whose metrics it would overwrite. Rename one of them.",
+    ),
+)
+
+
+def texts(*given: str) -> Dataset:
+    return Dataset.from_dict({"text": list(given) or ["a b a b"] * 9})
+
+
+def packing(dataset: Callable[[], Any] = texts, tokenizer: Callable[[], Any] | None = None, **options: Any) -> Prepare:
+    def prepare(folder: Path) -> Act:
+        made = (tokenizer or words)()
+        return partial(pack, dataset(), made, **{"block_size": 4, **options})
+
+    return prepare
+
+
+def leaking(folder: Path) -> Act:
+    """Packed rows for a recurrent model, which cannot keep documents apart."""
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
+    made = Trainer(
+        model=model,
+        args=tiny.arguments(folder / "output"),
+        train_dataset=Dataset.from_dict(
+            {"input_ids": [[5, 6, 7, 8]] * 8, "position_ids": [[0, 1, 0, 1]] * 8, "seq_lengths": [[2, 2]] * 8}
+        ),
+        data_collator=PackedCollator(),
+    )
+    return partial(extend, made, RewarmCallback(1e-2))
+
+
+def listed(ids: Any, kind: str = "int64") -> Callable[[], Dataset]:
+    return lambda: Dataset.from_dict({"input_ids": ids}, features=Features({"input_ids": List(Value(kind))}))
+
+
+class Deaf(torch.nn.Module):
+    """A model that gives the same whatever it is given."""
+
+    def __init__(self, takes_positions: bool = True):
+        super().__init__()
+        self.weight, self.takes_positions = torch.nn.Parameter(torch.zeros(1)), takes_positions
+
+    def forward(self, input_ids: Any, **more: Any) -> Any:
+        if more and not self.takes_positions:
+            raise TypeError(f"unexpected keyword argument {sorted(more)}")
+        return (torch.zeros(*input_ids.shape, 4),)
+
+
+packed_row = {"input_ids": [5, 6, 7, 8], "seq_lengths": [2, 2]}
+
+add(
+    "datasets",
+    PluginError,
+    ("documents that see each other", leaking, "MambaForCausalLM lets documents of a packed row influence each other"),
+)
+add(
+    "datasets",
+    ValueError,
+    (
+        "replay of nothing",
+        call(ReplayCallback, {}),
+        "dataset must hold at least one dataset, by names that are strings",
+    ),
+    (
+        "replay by numbers",
+        call(ReplayCallback, {1: []}),
+        "dataset must hold at least one dataset, by names that are str",
+    ),
+    ("held-out no dict", call(ForgettingCallback, [1]), "datasets must be a dict of held-out sets by name, got [1]"),
+    ("held-out nothing", call(ForgettingCallback, {}), "datasets must be a dict of held-out sets by name, got {}"),
+    (
+        "held-out name with a path",
+        call(ForgettingCallback, {"../old": []}),
+        "datasets: a name holds letters, digits, '_', '.' and '-', got '../old'",
+    ),
+    (
+        "documents in no column",
+        packing(text_column="body"),
+        "text_column='body' is no column of the dataset, which has",
+    ),
+    (
+        "documents of numbers",
+        packing(lambda: Dataset.from_dict({"text": [1]})),
+        "the column 'text' must hold strings, got",
+    ),
+    (
+        "ids that are no ints",
+        packing(listed([[1.5]], "float32")),
+        "the column 'input_ids' must hold lists of token ids",
+    ),
+    ("no documents", packing(lambda: texts().select([])), "dataset has no rows. Pass one with at least one document"),
+    (
+        "too few tokens",
+        packing(block_size=1000),
+        "block_size=1,000, but all documents together have 72 tokens, which fi",
+    ),
+    ("block_size", packing(block_size=1), "block_size must be an integer from 2 on, got 1"),
+    ("seed of packing", packing(seed=-1), "seed must be an integer from 0 on or None, got -1"),
+    ("isolate", packing(isolate="yes"), "isolate must be True or False, got 'yes'"),
+    ("remainder", packing(remainder="keep"), "remainder must be 'drop' or 'pad', got 'keep'"),
+    ("blocks of the demo", call(blocks, [[1, 2]], 5), "2 tokens do not fill a block of block_size=5"),
+    (
+        "packed rows of two lengths",
+        call(PackedCollator(), [packed_row, {"input_ids": [5, 6], "seq_lengths": [2]}]),
+        "rows of [2, 4] tokens in one batch. Pack all data with one block_size, or pass flatten=True",
+    ),
+    (
+        "packed rows that lost a column",
+        call(PackedCollator(), [{"input_ids": [5, 6]}]),
+        "a packed row came with ['input_ids'] only: nothing tells its documents apart. Keep position_ids or seq_",
+    ),
+    (
+        "packed rows that were cut",
+        call(PackedCollator(), [{**packed_row, "input_ids": [5, 6]}]),
+        "a packed row of 4 tokens came with 2 input_ids: something cut it. For SFTTrainer, set max_length=None",
+    ),
+    (
+        "isolation of a batch without positions",
+        lambda folder: partial(check_isolation, tiny.model(), {"input_ids": torch.ones(1, 4, dtype=torch.long)}),
+        "batch has no position_ids, only ['input_ids']: nothing tells documents apart in it",
+    ),
+    (
+        "isolation of a constant",
+        call(check_isolation, Deaf()),
+        "the outputs of Deaf do not depend on its input_ids (la",
+    ),
+    (
+        "isolation without positions",
+        call(check_isolation, Deaf(takes_positions=False)),
+        "Deaf cannot be called with ['input_ids', 'position_ids'], so isolation cannot be shown: unexpected keyword",
+    ),
+    (
+        "isolation of one document a row",
+        lambda folder: partial(
+            check_isolation,
+            tiny.model(),
+            {"input_ids": torch.ones(1, 4, dtype=torch.long), "position_ids": torch.arange(4)[None]},
+        ),
+        "batch must hold rows of several documents: with one a row there is nothing to keep apart",
+    ),
+)
+add(
+    "datasets",
+    TypeError,
+    (
+        "documents a path",
+        packing(lambda: "new.jsonl"),
+        "dataset must be a datasets.Dataset, got str. Load one with load_",
+    ),
+    (
+        "documents of splits",
+        packing(lambda: DatasetDict(train=texts())),
+        "got DatasetDict. Take one split, as in datase",
+    ),
+    (
+        "documents streamed",
+        packing(lambda: texts().to_iterable_dataset()),
+        "got IterableDataset. Write the stream to di",
+    ),
+)
+add(
+    "datasets",
+    StreamError,
+    (
+        "stream without rows",
+        lambda folder: partial(StreamReader([], "new").rows, [0]),
+        "the stream of new holds no rows",
+    ),
+    (
+        "another stream",
+        lambda folder: partial(StreamReader([1, 2, 3], "new", mark=StreamMark(2, digests=("0", "0"))).rows, [2]),
+        "the stream of new does not give the rows that it gave before: row 1 is another one. Training would go on",
+    ),
+)
+
+# --- tokenizers -------------------------------------------------------------------------------------
+
+
+@cache
+def words() -> PreTrainedTokenizerFast:
+    return train_tokenizer(["a b"], vocab_size=257)
+
+
+def without_end() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=words().backend_tokenizer)
+
+
+def pilcrow() -> PreTrainedTokenizerFast:
+    """Its end of a document is a character that texts hold."""
+    backend = Tokenizer(models.WordLevel({"a": 0, "¶": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="¶", unk_token="?")
+
+
+def another(kind: str) -> Prepare:
+    """Old data made with another tokenizer than the trainer's: given as object, as folder, inside a processor."""
+
+    def prepare(folder: Path) -> Act:
+        other: Any = train_tokenizer(["der Hund sah den Hund"], vocab_size=260)
+        trainer = tiny.trainer(folder / "output", data=new_rows())
+        trainer.processing_class = words()
+        if kind == "folder":
+            other.save_pretrained(folder / "tokenizer")
+            other = str(folder / "tokenizer")
+        elif kind == "processor":
+            other = SimpleNamespace(tokenizer=other)
+        return partial(extend, trainer, ReplayCallback(old_rows(), ratio=0.25, tokenizer=other))
+
+    return prepare
+
+
+def ids(*given: int) -> Callable[[], Dataset]:
+    return lambda: Dataset.from_dict({"input_ids": [list(given)] * 4, "labels": [[1] * len(given)] * 4})
+
+
+def one_of_two() -> dict[str, Dataset]:
+    return {"wiki": old_rows(), "code": tiny.rows(4, high=100)}
+
+
+MADE_BY = (
+    "replay: the replay data was made by another tokenizer than the trainer's processing_class. Tokenize it again"
+)
+FIT = "but the model has 64 embeddings. Tokenize it with the model's own tokenizer."
+LOAD = "Load it with AutoTokenizer.from_pretrained"
+
+add(
+    "tokenizers",
+    PluginError,
+    ("of old data another", another("object"), MADE_BY),
+    ("of old data another, from a folder", another("folder"), MADE_BY),
+    ("of old data another, in a processor", another("processor"), MADE_BY),
+    ("replay ids too large", replaying(ids(*[1] * 15, 64)), f"the replay data holds token ids 1..64, {FIT}"),
+    ("replay ids negative", replaying(ids(*[1] * 15, -1)), f"the replay data holds token ids -1..1, {FIT}"),
+    ("replay ids of one of two", replaying(one_of_two), "replay: the replay data 'code' holds token ids"),
+    ("held-out ids too large", probing(ids(1, 900)), f"forgetting[old]: holds token ids 1..900, {FIT}"),
+    ("held-out ids negative", probing(ids(-100, 5)), f"forgetting[old]: holds token ids -100..5, {FIT}"),
+)
+add(
+    "tokenizers",
+    TypeError,
+    ("a name", packing(tokenizer=lambda: "gpt2"), f"tokenizer must be one of transformers, got str. {LOAD}"),
+    ("None", packing(tokenizer=lambda: None), f"tokenizer must be one of transformers, got NoneType. {LOAD}"),
+    ("a class", packing(tokenizer=lambda: PreTrainedTokenizerFast), f"one of transformers, got type. {LOAD}"),
+    ("of the tokenizers library", packing(tokenizer=lambda: words().backend_tokenizer), f"got Tokenizer. {LOAD}"),
+)
+add(
+    "tokenizers",
+    ValueError,
+    (
+        "without an end",
+        packing(tokenizer=without_end),
+        "tokenizer has eos_token=None, so nothing would close a document",
+    ),
+    (
+        "whose end is in the text",
+        packing(lambda: texts("a ¶ a"), pilcrow),
+        "makes the control token '¶' of the text 'a ¶",
+    ),
+    (
+        "of larger ids",
+        packing(listed([[1, 300]] * 4)),
+        "column 'input_ids' has ids from 1 to 300, but the tokenizer has",
+    ),
+    (
+        "of negative ids",
+        packing(listed([[-5, 3]] * 4)),
+        "column 'input_ids' has ids from -5 to 3, but the tokenizer has",
+    ),
+    ("of 10 tokens", call(train_tokenizer, ["a"], vocab_size=10), "vocab_size=10 is less than 257: 256 bytes and"),
+    (
+        "without an end, documents",
+        lambda folder: partial(encode_documents, without_end(), ["a"]),
+        "the tokenizer has no eos_token to end documents with",
+    ),
+    (
+        "whose end is in the text, documents",
+        lambda folder: partial(encode_documents, pilcrow(), ["a ¶ a"]),
+        "document 0 has the end-of-sequence token '¶' inside",
+    ),
+    (
+        "of larger ids, in training",
+        lambda folder: (
+            extend(
+                tiny.trainer(folder / "output", ReplayCallback(old_rows(), ratio=0.25), data=new_rows(low=90, high=99))
+            ).train
+        ),
+        "but the model has 64 embeddings. It was drawn from train, rows",
+    ),
+)
+
+
+def foreign_batch(folder: Path) -> Act:
+    return partial(PlanCollator(default_data_collator, ["train"], 64, True), [{"input_ids": [1]}])
+
+
+add(
+    "datasets",
+    TypeError,
+    ("rows that no plan drew", foreign_batch, "a plan's collator takes the features that a PlanDataset returns, got"),
+)
+
+# --- checkpoints ------------------------------------------------------------------------------------
+
+RUN = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+
+def run(folder: Path, *plugins: Any, **arguments: Any) -> Any:
+    made = plugins or settings.make(settings.TOGETHER)
+    return extend(tiny.trainer(folder, *made, **{**RUN, **arguments}))
+
+
+def resumed(damage: Callable[[Path], Any] = lambda folder: None, **arguments: Any) -> Prepare:
+    """A run of four steps; what happened to its checkpoint-2; and a resume from it with `arguments`."""
+    first, make = arguments.pop("first", {}), arguments.pop("plugins", ())
+
+    def prepare(folder: Path) -> Act:
+        output = folder / "output"
+        run(output, **first).train()
+        shutil.rmtree(output / "checkpoint-4")
+        damage(output / "checkpoint-2")
+        return partial(
+            run(output, *(each() for each in make), **arguments).train,
+            resume_from_checkpoint=str(output / "checkpoint-2"),
+        )
+
+    return prepare
+
+
+def saved(damage: Callable[[Path], Any] = lambda folder: None, act: Any = None) -> Prepare:
+    """The same for a checkpoint of plain files, which is looked at without a Trainer."""
+
+    def prepare(folder: Path) -> Act:
+        checkpoint = folder / "output" / "checkpoint-2"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "optimizer.pt").write_bytes(b"moments")
+        write_state(checkpoint, {"step": 2})
+        damage(checkpoint)
+        return partial(resolve, str(checkpoint), folder / "output") if act is None else partial(act, checkpoint)
+
+    return prepare
+
+
+def newest(*damages: Callable[[Path], Any]) -> Prepare:
+    """`resume_from_checkpoint=True` where every checkpoint was damaged."""
+
+    def prepare(folder: Path) -> Act:
+        for number, damage in enumerate(damages, start=1):
+            saved(damage)(folder / str(number))
+            target = folder / "output" / f"checkpoint-{number}"
+            target.parent.mkdir(exist_ok=True)
+            (folder / str(number) / "output" / "checkpoint-2").rename(target)
+        return partial(resolve, True, folder / "output")
+
+    return prepare
+
+
+def manifest(**changes: Any) -> Callable[[Path], Any]:
+    def damage(checkpoint: Path) -> None:
+        content = json.loads((checkpoint / MANIFEST).read_text())
+        files = changes.get("files", {})
+        content = {**content, **changes, "files": {**content["files"], **files} if isinstance(files, dict) else files}
+        for name in [name for name, entry in content["files"].items() if entry is None]:
+            del content["files"][name]
+        (checkpoint / MANIFEST).write_text(json.dumps(content))
+
+    return damage
+
+
+def write(name: str, content: bytes) -> Callable[[Path], Any]:
+    return lambda checkpoint: (checkpoint / name).write_bytes(content)
+
+
+def remove(name: str) -> Callable[[Path], Any]:
+    def damage(checkpoint: Path) -> None:
+        path = checkpoint / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+    return damage
+
+
+def linked_outside(checkpoint: Path) -> None:
+    """A link to something that never ends."""
+    (checkpoint / "optimizer.pt").unlink()
+    (checkpoint / "optimizer.pt").symlink_to("/dev/zero")
+
+
+def fewer_weights(folder: Path) -> Act:
+    model = tiny.model()
+    model.save_pretrained(folder / "saved")
+    larger = type(model)(type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 3}))
+    return partial(load_converted, larger, folder / "saved")
+
+
+def foreign_weights(folder: Path) -> Act:
+    tiny.model().save_pretrained(folder / "saved")
+    return partial(load_converted, torch.nn.Linear(2, 2), folder / "saved")
+
+
+def in_the_way(folder: Path) -> Act:
+    """A file where the first checkpoint should go."""
+    made = run(folder / "output")
+    (folder / "output").mkdir(exist_ok=True)
+    (folder / "output" / "checkpoint-2").write_text("in the way")
+    return made.train
+
+
+def all_saved_by_the_host(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / STATE_FOLDER)
+
+
+OUTSIDE = {"size": 7, "xxh3_128": "0" * 32}
+NOT_THE_RUN = "the run would not be the one that was interrupted. Changed:\n  "
+
+add(
+    "checkpoints",
+    CheckpointError,
+    ("no folder", saved(lambda folder: shutil.rmtree(folder)), "there is no such folder. There is no complete checkp"),
+    (
+        "empty folder",
+        saved(lambda folder: (shutil.rmtree(folder), folder.mkdir())),
+        "the folder is empty. There is no",
+    ),
+    (
+        "of a bare Trainer",
+        saved(all_saved_by_the_host),
+        "manifest.json: it was not written by a Trainer with plug-ins",
+    ),
+    ("half saved", saved(remove(MANIFEST)), "its save did not finish (no manifest). There is no complete checkpoint"),
+    ("manifest torn", saved(write(MANIFEST, b'{"format": 1, "fi')), f"{MANIFEST} cannot be read (JSONDecodeError"),
+    ("manifest of bytes", saved(write(MANIFEST, b"\xff\x00")), f"{MANIFEST} cannot be read (UnicodeDecodeError"),
+    (
+        "manifest without files",
+        saved(write(MANIFEST, b'{"format": 1}')),
+        f"{MANIFEST} cannot be read (KeyError: 'files'",
+    ),
+    ("manifest of another kind", saved(write(MANIFEST, b"[1]")), f"{MANIFEST} cannot be read (TypeError"),
+    (
+        "manifest of endless size",
+        saved(manifest(files={"optimizer.pt": {"size": float("inf"), "xxh3_128": ""}})),
+        "(Over",
+    ),
+    (
+        "manifest of a later version",
+        saved(manifest(format=2)),
+        "its manifest has format 2; this version reads format 1",
+    ),
+    (
+        "manifest names a parent",
+        saved(manifest(files={"../x": OUTSIDE})),
+        "names a file outside the checkpoint: '../x'",
+    ),
+    (
+        "manifest names a root",
+        saved(manifest(files={"/etc/passwd": OUTSIDE})),
+        "outside the checkpoint: '/etc/passwd'",
+    ),
+    ("manifest names NUL", saved(manifest(files={"a\0b": OUTSIDE})), "is missing"),
+    (
+        "manifest names too long",
+        saved(manifest(files={"x" * 300: OUTSIDE})),
+        "is missing or cannot be read (OSError: ",
+    ),
+    ("manifest without state", saved(manifest(files={STATE_FILE: None})), f"its manifest does not list {STATE_FILE}"),
+    ("a file deleted", saved(remove("optimizer.pt")), "checkpoint-2: optimizer.pt is missing. There is no complete"),
+    ("a file cut", saved(write("optimizer.pt", b"mom")), "optimizer.pt has 3 bytes instead of 7"),
+    ("a file altered", saved(write("optimizer.pt", b"MOMENTS")), "optimizer.pt was altered (its hash differs)"),
+    ("a file linked to no end", saved(linked_outside), "checkpoint-2: optimizer.pt is missing. There is no complete"),
+    ("state altered", saved(write(STATE_FILE, b'{\n "step": 3\n}')), f"{STATE_FILE} was altered (its hash differs)"),
+    ("state no object", saved(write(STATE_FILE, b"[1]"), read_state), f"{STATE_FILE} does not hold an object"),
+    ("newest of none", newest(), "no complete checkpoint to resume from in "),
+    (
+        "newest of damaged ones",
+        newest(remove("optimizer.pt"), remove(MANIFEST)),
+        "\n  skipped checkpoint-2: its save did not finish (no manifest)\n  skipped checkpoint-1: optimizer.pt is",
+    ),
+    ("with fewer weights", fewer_weights, "does not hold the weights model.layers.2."),
+    (
+        "of another model",
+        foreign_weights,
+        "does not hold the weights bias, weight of this Linear: resuming would go on",
+    ),
+    ("that cannot be written", in_the_way, "checkpoint-2 could not be written ("),
+    (
+        "resume in a Trainer",
+        resumed(remove("scheduler.pt")),
+        "checkpoint-2: scheduler.pt is missing. There is no complete checkpoint. To start a new run from its weights",
+    ),
+    (
+        "weights only",
+        resumed(first={"save_only_model": True}, save_only_model=True),
+        "was saved with save_only_model=True: it has no optimizer state to resume with. Load the model from that",
+    ),
+    (
+        "resume, longer",
+        resumed(max_steps=8),
+        "Changed:\n  arguments.max_steps: 4 → 8\n  total_steps: 4 → 8\nlearning rate of the checkpoint:",
+    ),
+    ("resume, other batch", resumed(per_device_train_batch_size=2), f"{NOT_THE_RUN}global_batch: 4 → 2"),
+    ("resume, other seed", resumed(seed=5), f"{NOT_THE_RUN}arguments.seed: 3 → 5\n  plan.seed: 3 → 5"),
+    ("resume, other data", resumed(data=tiny.rows(40, seed=99)), f"{NOT_THE_RUN}data.train: '"),
+    (
+        "resume, other peak",
+        resumed(plugins=(lambda: RewarmCallback(2e-2, warmup=2), settings.by_name("replay").make)),
+        f"{NOT_THE_RUN}plugins.rewarm.peak_lr: 0.01 → 0.02\nlearning rate of the checkpoint:",
+    ),
+    (
+        "resume, other ratio",
+        resumed(plugins=(settings.by_name("rewarm").make, lambda: ReplayCallback(settings.old_data(), ratio=0.5))),
+        "plugins.replay.ratio: 0.25 → 0.5",
+    ),
+    ("resume, a plug-in less", resumed(plugins=(settings.by_name("rewarm").make,)), "plugins.replay: {"),
+)
+
+
+def trace_of(content: bytes) -> Prepare:
+    def prepare(folder: Path) -> Act:
+        (folder / "trace.jsonl").write_bytes(content)
+        return partial(read_trace, folder)
+
+    return prepare
+
+
+START = b'{"event": "start", "step": 0}\n'
+
+add(
+    "checkpoints",
+    ValueError,
+    (
+        "trace torn inside",
+        trace_of(START + b"{x\n" + b'{"event": "log", "step": 1}\n'),
+        "line 2 is not an event of a tra",
+    ),
+    ("trace of others", trace_of(b'{"loss": 1}\n{"event": "log", "step": 1}\n'), "line 1 is not an event of a trace"),
+    ("report of nothing", lambda folder: partial(report, [], folder / "output" / "page.html"), "no runs to report on"),
+    (
+        "state of another plug-in",
+        lambda folder: partial(Toy().load_state, {"counts": [1]}),
+        "toy: the checkpoint holds state ['counts'] that this plug-in cannot read",
+    ),
+)
+add(
+    "checkpoints",
+    FileNotFoundError,
+    (
+        "no trace",
+        lambda folder: partial(read_trace, folder),
+        "a run with plug-ins writes trace.jsonl into its output_di",
+    ),
+)

@@ -17,7 +17,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quality format test-resume test-distributed test-kill test-architectures bench build chromium clean
+.PHONY: help install demo test quality format test-resume test-distributed deepspeed test-leaks test-kill test-architectures bench build chromium clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -53,8 +53,14 @@ format: $(STAMP) ## rewrite the sources the way `quality` wants them
 test-resume: $(STAMP) ## the full product of exact-resume cases
 	$(PYTEST) -m resume -n $(PYTEST_WORKERS) --dist loadfile
 
-test-distributed: $(STAMP) ## every test that starts several ranks, one after another
+test-distributed: $(STAMP) ## every test that starts several ranks, one after another (ZeRO's after make deepspeed)
 	$(PYTEST) -m distributed
+
+deepspeed: $(STAMP) ## install DeepSpeed, for the tests of ZeRO-2 and ZeRO-3
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(BIN)/python -m pip install -c constraints.txt -e '.[deepspeed]'
+
+test-leaks: $(STAMP) ## memory and open files over 2,000 steps
+	$(PYTEST) -s -m leaks
 
 test-architectures: $(STAMP) ## every plug-in on every family; writes docs/architectures.md
 	rm -f .architectures.jsonl

@@ -11,13 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from hf_pretrain_ext import data
+from hf_pretrain_ext import _host, data
 from hf_pretrain_ext.forgetting import WEIGHT, ForgettingConfig, History, heldout_loss, is_probe_step, probe_steps
+from hf_pretrain_ext.loader import loss_tokens
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
 from hf_pretrain_ext.report.plots import forgetting_plot, have_matplotlib
 from hf_pretrain_ext.rng import rng_guard
+from hf_pretrain_ext.row_checks import faults_of_rows, looked_up
 from hf_pretrain_ext.trace import plain
 from hf_pretrain_ext.units import to_steps
+from hf_pretrain_ext.values import is_number, shown
 
 __all__ = ["ForgettingCallback"]
 
@@ -56,7 +59,7 @@ class ForgettingCallback(TrainerPlugin):
 
     name = "forgetting"
     resume = "exact"
-    distributed = {"ddp": "exact", "fsdp2": "untested", "zero2": "untested", "zero3": "untested"}
+    distributed = {"ddp": "exact", "fsdp2": "exact, without resume", "zero2": "exact", "zero3": "exact"}
 
     def __init__(
         self,
@@ -70,10 +73,10 @@ class ForgettingCallback(TrainerPlugin):
         stop_if: Mapping[str, float] | None = None,
     ):
         if not isinstance(datasets, Mapping) or not datasets:
-            raise ValueError(f"datasets must be a dict of held-out sets by name, got {datasets!r}")
+            raise ValueError(f"datasets must be a dict of held-out sets by name, got {shown(datasets)}")
         for name in datasets:
             if not isinstance(name, str) or not _NAME.fullmatch(name):
-                raise ValueError(f"datasets: a name holds letters, digits, '_', '.' and '-', got {name!r}")
+                raise ValueError(f"datasets: a name holds letters, digits, '_', '.' and '-', got {shown(name)}")
         self.config = ForgettingConfig(
             every=cast(str, every), first_steps=first_steps, max_samples=max_samples, batch_size=batch_size
         )
@@ -104,6 +107,9 @@ class ForgettingCallback(TrainerPlugin):
             if _is_empty(dataset):
                 yield Problem(who, "is empty", "Pass held-out rows, or leave the set out.")
                 continue
+            if fault := looked_up(dataset):
+                yield Problem(who, *fault[:2])
+                continue
             if isinstance(known, Mapping) and name in known:
                 yield Problem(
                     who,
@@ -122,28 +128,17 @@ class ForgettingCallback(TrainerPlugin):
         except ValueError as error:
             yield Problem(who, f"cannot be used: {error}", "Tokenize it like the evaluation data.")
             return
-        rows = data.token_rows(stripped, data.sample_rows(len(stripped), self.config.max_samples))
-        found, vocabulary = data.id_range(rows), setup.embeddings
-        if found and vocabulary and (found[0] < 0 or found[1] >= vocabulary):
-            yield Problem(
-                who,
-                f"holds token ids {found[0]}..{found[1]}, but the model has {vocabulary} embeddings",
-                "Tokenize it with the model's own tokenizer.",
-            )
+        sampled = data.sample_rows(len(stripped), self.config.max_samples)
+        fatal = False
+        for message, fix, stops in faults_of_rows(setup, stripped, collate, sampled):
+            fatal |= stops
+            yield Problem(who, message, fix, level="error" if stops else "note")
+        if fatal:
             return
-        try:
-            batch = collate([stripped[0]])
-        except Exception as error:  # whatever a user's collator raises is the finding here
-            yield Problem(
-                who,
-                f"its rows cannot be collated ({type(error).__name__}: {error})",
-                "Prepare it like the evaluation data.",
-            )
-            return
-        if not isinstance(batch, Mapping) or not {"labels", "shift_labels"} & set(batch):
-            yield Problem(
-                who, "gives batches without labels, so there is no loss", "Add labels, or a collator that makes them."
-            )
+        rows = data.token_rows(stripped, sampled)
+        problem = self._check_batches(who, stripped, rows, sampled, collate, setup)
+        if problem is not None:
+            yield problem
             return
         for label, trained in self._trained_on(setup).items():
             sampled = data.sample_rows(len(trained))
@@ -158,6 +153,39 @@ class ForgettingCallback(TrainerPlugin):
                     "Hold out whole documents, or its loss says little about what was learned.",
                     level="note",
                 )
+
+    def _check_batches(
+        self, who: str, dataset: Any, rows: list[Any], sampled: list[int], collate: Any, setup: Setup
+    ) -> Problem | None:
+        """Batches as a probe makes them: of rows that fit each other, with labels that bear a loss."""
+        size = self.config.batch_size or setup.args.per_device_eval_batch_size
+        batches = [sampled[at : at + size] for at in range(0, len(sampled), size)]
+        if size > 1 and len(rows) == len(sampled):
+            lengths = [len(row) for row in rows]
+            batches.insert(0, [sampled[lengths.index(min(lengths))], sampled[lengths.index(max(lengths))]])
+        for chosen in batches:
+            try:
+                batch = collate([dataset[row] for row in chosen])
+            except Exception as error:  # whatever a user's collator raises is the finding here
+                return Problem(
+                    who,
+                    f"its rows cannot be collated ({type(error).__name__}: {error})",
+                    "Prepare it like the evaluation data: rows of one length, or a collator that pads.",
+                )
+            if not isinstance(batch, Mapping) or not {"labels", "shift_labels"} & set(batch):
+                return Problem(
+                    who,
+                    "gives batches without labels, so there is no loss",
+                    "Add labels, or a collator that makes them.",
+                )
+            bearing = loss_tokens(batch, [None] * len(chosen), _host.shifts_labels(setup.trainer))
+            if bearing is None or bearing.any():
+                return None
+        return Problem(
+            who,
+            f"asks for no loss: all labels of the {len(sampled):,} rows that a probe reads are -100",
+            "Keep the labels of what the model should know.",
+        )
 
     def _trained_on(self, setup: Setup) -> dict[str, Any]:
         """Everything that the run trains on and that can be looked up."""
@@ -324,9 +352,13 @@ def _is_empty(dataset: Any) -> bool:
 
 
 def _thresholds(name: str, given: Mapping[str, float] | None, sets: Mapping[str, Any]) -> dict[str, float]:
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(
+            f"{name} must be a dict of rises in nats by set, such as {{'general': 0.3}}, got {shown(given)}"
+        )
     for key, value in (given or {}).items():
         if key not in sets:
-            raise ValueError(f"{name}: {key!r} is not one of the sets {sorted(sets)}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ValueError(f"{name}[{key!r}] must be a positive rise in nats, got {value!r}")
+            raise ValueError(f"{name}: {shown(key)} is not one of the sets {sorted(sets)}")
+        if not is_number(value) or value <= 0:
+            raise ValueError(f"{name}[{key!r}] must be a positive rise in nats, got {shown(value)}")
     return {key: float(value) for key, value in (given or {}).items()}

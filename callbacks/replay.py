@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any, cast
@@ -17,7 +18,9 @@ from hf_pretrain_ext.plan import SamplePlan, Source
 from hf_pretrain_ext.plan.plan import Unit
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
 from hf_pretrain_ext.replay import Change, Mode, ReplayConfig, realised_ratio, stage_draws, with_replay
+from hf_pretrain_ext.row_checks import Fault, faults_of_rows, looked_up
 from hf_pretrain_ext.units import to_point
+from hf_pretrain_ext.values import check_flag, reason, shown
 
 __all__ = ["ReplayCallback"]
 
@@ -70,7 +73,7 @@ class ReplayCallback(TrainerPlugin):
 
     name = "replay"
     resume = "exact"
-    distributed = {"ddp": "exact", "fsdp2": "untested", "zero2": "untested", "zero3": "untested"}
+    distributed = {"ddp": "exact", "fsdp2": "exact, without resume", "zero2": "exact", "zero3": "exact"}
 
     def __init__(
         self,
@@ -95,14 +98,16 @@ class ReplayCallback(TrainerPlugin):
         )
         for point in self.config.changes:
             if to_point(point, "ratio_changes", tokens_per_step=1) == (0, 0):
-                raise ValueError(f"ratio_changes must hold points after the start, got {point!r}: that is `ratio`")
+                raise ValueError(
+                    f"ratio_changes must hold points after the start, got {shown(point)}: that is `ratio`"
+                )
         self.datasets = _named(dataset)
         if self.config.weights and set(self.config.weights) != set(self.datasets):
             raise ValueError(
-                f"weights must name the datasets {sorted(self.datasets)}, got {sorted(self.config.weights)}"
+                f"weights must name the datasets {sorted(self.datasets)}, got {sorted(self.config.weights, key=str)}"
             )
-        self.tokenizer = tokenizer
-        self.allow_no_effect = allow_no_effect
+        self.tokenizer = _checked(tokenizer)
+        self.allow_no_effect = check_flag("allow_no_effect", allow_no_effect)
         self._prepared: dict[str, Any] = {}
         self._prepared_for: Any = None
         self._lengths: list[tuple[Any, Any, float | None]] = []
@@ -151,7 +156,7 @@ class ReplayCallback(TrainerPlugin):
         if (
             not hasattr(dataset, "__len__")
             or not hasattr(dataset, "__getitem__")
-            or isinstance(dataset, Mapping | str)
+            or isinstance(dataset, Mapping | str | bytes)
         ):
             yield Problem(
                 self.name,
@@ -160,6 +165,12 @@ class ReplayCallback(TrainerPlugin):
             )
         elif len(dataset) == 0:
             yield Problem(self.name, f"{what} is empty", "Pass old data, or leave it out.")
+        elif fault := looked_up(dataset):
+            yield self._problem(what, fault)
+
+    def _problem(self, what: str, fault: Fault) -> Problem:
+        message, fix, fatal = fault
+        return Problem(self.name, f"{what} {message}", fix, level="error" if fatal else "note")
 
     def _check_rows(self, setup: Setup, name: str, prepared: Any) -> Iterable[Problem]:
         what = self._what(name)
@@ -180,22 +191,20 @@ class ReplayCallback(TrainerPlugin):
                 "Prepare both in the same way.",
             )
             return
-        rows = data.token_rows(ours, data.sample_rows(len(ours)))
-        found, vocabulary = data.id_range(rows), setup.embeddings
-        if found and vocabulary and (found[0] < 0 or found[1] >= vocabulary):
-            yield Problem(
-                self.name,
-                f"{what} holds token ids {found[0]}..{found[1]}, but the model has {vocabulary} embeddings",
-                "Tokenize it with the model's own tokenizer.",
-            )
+        fatal = False
+        for fault in faults_of_rows(setup, ours, collate, data.sample_rows(len(ours))):
+            fatal |= fault[2]
+            yield self._problem(what, fault)
+        if data.is_stream(setup.train_dataset):
+            # The rows of others are looked at for every plug-in.
+            for fault in faults_of_rows(setup, theirs, collate, data.sample_rows(len(theirs))):
+                fatal |= fault[2]
+                yield self._problem("the training data", fault)
+        if fatal:
             return
-        if self.tokenizer is not None and setup.processing_class is not None:
-            if data.tokenizer_fingerprint(self.tokenizer) != data.tokenizer_fingerprint(setup.processing_class):
-                yield Problem(
-                    self.name,
-                    f"{what} was made by another tokenizer than the trainer's processing_class",
-                    "Tokenize it again with the trainer's own.",
-                )
+        if self.tokenizer is not None:
+            yield from self._check_tokenizer(setup, what)
+        rows = data.token_rows(ours, data.sample_rows(len(ours)))
         new_rows = data.token_rows(theirs, data.sample_rows(len(theirs)))
         if rows and new_rows:
             old_lengths, new_lengths = _lengths(rows), _lengths(new_rows)
@@ -220,6 +229,30 @@ class ReplayCallback(TrainerPlugin):
                     "Pass unit='tokens' if the share in tokens matters.",
                     level="note",
                 )
+
+    def _check_tokenizer(self, setup: Setup, what: str) -> Iterable[Problem]:
+        if setup.processing_class is None:
+            yield Problem(
+                self.name,
+                f"the tokenizer of {what} cannot be compared: the Trainer has no processing_class",
+                "Pass `processing_class=` to the Trainer, or leave `tokenizer` out.",
+            )
+            return
+        try:
+            same = data.tokenizer_fingerprint(self.tokenizer) == data.tokenizer_fingerprint(setup.processing_class)
+        except Exception as error:  # whatever comes up on the way to a tokenizer is the finding here
+            yield Problem(
+                self.name,
+                f"tokenizer={shown(self.tokenizer)} cannot be compared with the Trainer's ({reason(error)})",
+                "Pass a tokenizer, or the folder or name of one.",
+            )
+            return
+        if not same:
+            yield Problem(
+                self.name,
+                f"{what} was made by another tokenizer than the trainer's processing_class",
+                "Tokenize it again with the trainer's own.",
+            )
 
     def _check_plan(self, setup: Setup) -> Iterable[Problem]:
         """The plan as it will be, and what is to be known about it."""
@@ -399,9 +432,18 @@ def _named(dataset: Any) -> dict[str, Any]:
 
     if isinstance(dataset, Mapping) and not isinstance(dataset, DatasetDict | IterableDatasetDict):
         if not dataset or not all(isinstance(name, str) and name for name in dataset):
-            raise ValueError(f"dataset must hold at least one dataset, by names that are strings, got {list(dataset)}")
+            raise ValueError(
+                f"dataset must hold at least one dataset, by names that are strings, got {shown(list(dataset))}"
+            )
         return dict(dataset)
     return {ReplayCallback.name: dataset}
+
+
+def _checked(tokenizer: Any) -> Any:
+    holds_vocabulary = hasattr(getattr(tokenizer, "tokenizer", tokenizer), "get_vocab")
+    if tokenizer is None or holds_vocabulary or (isinstance(tokenizer, str | os.PathLike) and os.fspath(tokenizer)):
+        return tokenizer
+    raise ValueError(f"tokenizer must be a tokenizer, or the folder or name of one, got {shown(tokenizer)}")
 
 
 def _by_text(changes: Any) -> Any:

@@ -14,6 +14,7 @@ from hf_pretrain_ext.run import PluginRun
 from hf_pretrain_ext.say import say
 from hf_pretrain_ext.schedules import CallableSchedule, LRSchedule, RewarmConfig
 from hf_pretrain_ext.trainer import lambda_lr, relative_rate
+from hf_pretrain_ext.values import check_flag, shown
 
 __all__ = ["RewarmCallback"]
 
@@ -61,7 +62,7 @@ class RewarmCallback(TrainerPlugin):
     name = "rewarm"
     needs_extend = False
     resume = "exact"
-    distributed = {"ddp": "exact", "fsdp2": "untested", "zero2": "untested", "zero3": "untested"}
+    distributed = {"ddp": "exact", "fsdp2": "exact, without resume", "zero2": "exact", "zero3": "exact"}
 
     def __init__(
         self,
@@ -79,9 +80,9 @@ class RewarmCallback(TrainerPlugin):
         allow_no_effect: bool = False,
     ):
         self.function = None if isinstance(schedule, str) else schedule
-        self.allow_no_effect = allow_no_effect
+        self.allow_no_effect = check_flag("allow_no_effect", allow_no_effect)
         if self.function is not None and not callable(self.function):
-            raise ValueError(f"schedule must be a name or a function of the step, got {schedule!r}")
+            raise ValueError(f"schedule must be a name or a function of the step, got {shown(schedule)}")
         self.config = RewarmConfig(
             # A function is its own peak; the number stands for the settings that need one.
             peak_lr=cast(float, 1.0 if self.function and peak_lr is None else peak_lr),
@@ -95,8 +96,21 @@ class RewarmCallback(TrainerPlugin):
             cooldown=cast(Any, cooldown),
             constant=cast(Any, constant),
         )
+        if self.function is not None:
+            self._refuse_other_settings(peak_lr)
         # A trial build finds what is wrong whatever the length of the run; a length in steps is judged at `extend`.
         self.config.build(1_000_000_000, tokens_per_step=1e6)
+
+    def _refuse_other_settings(self, peak_lr: Any) -> None:
+        """A function says all of the rate: settings beside it would be ignored."""
+        given = {**dataclasses.asdict(self.config), "peak_lr": peak_lr}
+        alone = dataclasses.asdict(RewarmCallback(1.0, total_steps=self.config.total_steps).config)
+        for name, value in given.items():
+            if value != {**alone, "peak_lr": None}[name]:
+                raise ValueError(
+                    f"{name}={shown(value)} is a setting of the schedules that have a name; a function says all of "
+                    f"the rate: leave {name} out"
+                )
 
     def schedule(self, args: Any, total_steps: int) -> LRSchedule:
         return self._build(total_steps, self.run)

@@ -9,6 +9,7 @@ Overridden in `PluginTrainerMixin`:
     Trainer._hp_search_setup           the moment in train() at which the arguments, a search's included, are settled
     Trainer._load_from_checkpoint      weights whose names in the file are not the model's are left out, with a warning
     Trainer._load_best_model           likewise
+    Trainer._load_optimizer_and_scheduler   files that cannot be loaded are named, with what to do
     Trainer._load_rng_state            the random state of a resume is in place, and the next draw belongs to training
     Trainer._save_rng_state            the last file that every rank writes: the barrier before the manifest goes here
 Called or read here:
@@ -18,9 +19,11 @@ Called or read here:
     Trainer._globalstep_last_logged    whether a log line is due
     Trainer._tr_loss                   the losses summed since the last log line, which the host does not save
     Trainer._get_output_dir            where a checkpoint goes, during a hyper-parameter search too
+    Trainer._eval_dataloaders          those that are kept for the next evaluation
     Trainer._train_batch_size          samples a rank and micro-batch, DataParallel included
     SFTTrainer._prepare_dataset, ._formatting_func, ._skip_prepare_dataset       how TRL prepares a dataset
 Of torch and datasets (`tests/test_streams.py`):
+    _iterator of torch's DataLoader              holds the workers that outlive an epoch
     _worker_info of torch's data workers         streams split themselves by it, and the plan needs each of them whole
     _distributed of datasets.IterableDataset     whether a stream was split over ranks before we saw it
 """
@@ -28,21 +31,28 @@ Of torch and datasets (`tests/test_streams.py`):
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 __all__ = [
     "PRIVATE",
     "checkpoint_folder",
     "claim_scheduler",
     "embeddings",
+    "end_workers",
     "has_own_scheduler",
     "log_is_due",
     "log_sums",
+    "output_vocabulary",
+    "positions",
     "prepare_dataset",
     "restore_log_sums",
+    "sharding",
     "shifts_labels",
     "strip_columns",
     "split_over_ranks",
@@ -50,12 +60,15 @@ __all__ = [
     "whole_stream",
 ]
 
+_POSITIONS = re.compile("wpe|embed_positions|position_embedding|pos_emb")
+
 PRIVATE = {
     "Trainer": (
         "_get_grad_norm",
         "_hp_search_setup",
         "_load_best_model",
         "_load_from_checkpoint",
+        "_load_optimizer_and_scheduler",
         "_load_rng_state",
         "_maybe_log_save_evaluate",
         "_save_checkpoint",
@@ -90,6 +103,26 @@ def shifts_labels(trainer: Any) -> bool:
     return bool(trainer._loss_shifts_labels)
 
 
+def sharding(trainer: Any) -> str:
+    """What ranks share: `"ddp"` (nothing), `"zero0"` to `"zero3"`, `"fsdp2"`, or `"fsdp"` for accelerate's FSDP."""
+    if trainer.is_deepspeed_enabled:
+        return f"zero{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
+    if trainer.is_fsdp_enabled:
+        return "fsdp"
+    return "fsdp2" if getattr(trainer, "is_distributed_loading_by_transformers", False) else "ddp"
+
+
+def splits_batches_or_layers(trainer: Any) -> bool:
+    """Whether several ranks work on the same rows: tensor, context or sequence parallelism."""
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    return trainer.get_tp_size() > 1 or (config is not None and config.non_data_parallel_size > 1)
+
+
+def deepspeed_owns(trainer: Any, part: str) -> bool:
+    """Whether the `"optimizer"` or the `"scheduler"` is made by DeepSpeed, from its own settings."""
+    return trainer.is_deepspeed_enabled and part in trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+
+
 def has_own_scheduler(trainer: Any) -> bool:
     """Whether the user gave the Trainer a scheduler object."""
     return trainer.lr_scheduler is not None and not trainer._created_lr_scheduler
@@ -112,6 +145,18 @@ def log_sums(trainer: Any) -> dict[str, Any]:
 def restore_log_sums(trainer: Any, sums: dict[str, Any]) -> None:
     trainer._tr_loss += float(sums["loss"])
     trainer._globalstep_last_logged = int(sums["last_logged"])
+
+
+def end_workers(trainer: Any) -> None:
+    """Ends workers that outlive their epoch (`dataloader_persistent_workers`); whoever iterates again gets new ones.
+
+    An extended trainer is freed by the garbage collector, which takes a loader's pipes from under it: each worker
+    would then be waited for in vain, for five seconds.
+    """
+    for shard in [trainer.callback_handler.train_dataloader, *getattr(trainer, "_eval_dataloaders", {}).values()]:
+        for loader in (shard, getattr(shard, "base_dataloader", None)):  # accelerate's, and what it iterates
+            if loader is not None and getattr(loader, "_iterator", None) is not None:
+                loader._iterator = None
 
 
 def checkpoint_folder(trainer: Any, trial: Any) -> str:
@@ -145,6 +190,29 @@ def embeddings(model: Any) -> int | None:
         return None
     number = getattr(table, "num_embeddings", None)
     return int(number) if number else getattr(getattr(model, "config", None), "vocab_size", None)
+
+
+def output_vocabulary(model: Any) -> int | None:
+    """The number of classes that a language model's loss chooses among: labels must lie below."""
+    try:
+        head = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        head = None
+    return getattr(head, "out_features", None) or embeddings(model)
+
+
+def positions(model: Any) -> tuple[int | None, bool]:
+    """The positions that a model was made for, and whether it has a table of them: then there are no others."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None, False
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and _POSITIONS.search(name.rpartition(".")[2]):
+            # Some tables begin with rows for padding.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            if module.num_embeddings >= limit:
+                return min(limit, module.num_embeddings - first), True
+    return limit, False
 
 
 @contextmanager

@@ -11,10 +11,13 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from hf_pretrain_ext.trace import plain, versions
+from hf_pretrain_ext.values import reason, shown
 
 __all__ = ["STATE_FOLDER", "CheckpointError", "find_faults", "last_complete_checkpoint", "read_state", "write_state"]
 
@@ -47,13 +50,15 @@ def _write_json(path: Path, content: Any) -> None:
         os.close(folder)
 
 
-def _hash(path: Path) -> str:
+def _hash(path: Path, size: int) -> str:
+    """Of the first `size` bytes: what lies behind a link may have no end, whatever size it says."""
     import xxhash
 
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
+        while block := file.read(min(size, 1 << 22)):
             digest.update(block)
+            size -= len(block)
     return digest.hexdigest()
 
 
@@ -78,7 +83,8 @@ def write_state(checkpoint: str | Path, state: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     invalidate(checkpoint)
     _write_json(folder / _STATE, state)
-    files = {name: {"size": path.stat().st_size, "xxh3_128": _hash(path)} for name, path in _files(Path(checkpoint))}
+    sizes = {name: (path, path.stat().st_size) for name, path in _files(Path(checkpoint))}
+    files = {name: {"size": size, "xxh3_128": _hash(path, size)} for name, (path, size) in sizes.items()}
     _write_json(folder / _MANIFEST, {"format": _FORMAT, "versions": versions(), "files": files})
 
 
@@ -87,9 +93,9 @@ def find_faults(checkpoint: str | Path) -> list[str]:
 
     Files added later (a model card, say) are no fault; missing, truncated or altered ones are.
     """
-    checkpoint = Path(checkpoint)
-    if not checkpoint.is_dir():
+    if not _is_folder(checkpoint):
         return ["there is no such folder"]
+    checkpoint = Path(checkpoint)
     manifest_path = checkpoint / STATE_FOLDER / _MANIFEST
     if not manifest_path.is_file():
         if not any(checkpoint.iterdir()):
@@ -98,18 +104,31 @@ def find_faults(checkpoint: str | Path) -> list[str]:
             return ["its save did not finish (no manifest)"]
         return [f"it has no {STATE_FOLDER}/{_MANIFEST}: it was not written by a Trainer with plug-ins"]
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-        form = manifest["format"]
-        expected = {str(name): (int(entry["size"]), str(entry["xxh3_128"])) for name, entry in files.items()}
+        form, expected = _manifest(checkpoint)
     except (ValueError, KeyError, TypeError, OSError, OverflowError, RecursionError) as error:
-        return [f"{STATE_FOLDER}/{_MANIFEST} cannot be read ({type(error).__name__}: {error})"]
+        return [f"{STATE_FOLDER}/{_MANIFEST} cannot be read ({reason(error, 200)})"]
     if form != _FORMAT:
-        return [f"its manifest has format {form!r}; this version reads format {_FORMAT}"]
+        return [f"its manifest has format {shown(form)}; this version reads format {_FORMAT}"]
     faults = [fault for name, entry in expected.items() if (fault := _fault(checkpoint, name, *entry))]
     if f"{STATE_FOLDER}/{_STATE}" not in expected:
         faults.append(f"its manifest does not list {STATE_FOLDER}/{_STATE}")
     return faults
+
+
+def _manifest(checkpoint: Path) -> tuple[Any, dict[str, tuple[int, str]]]:
+    """Format of a manifest, and size and hash of every file that it lists."""
+    manifest = json.loads((checkpoint / STATE_FOLDER / _MANIFEST).read_text(encoding="utf-8"))
+    files = dict(manifest["files"])
+    form = manifest["format"]
+    return form, {str(name): (int(entry["size"]), str(entry["xxh3_128"])) for name, entry in files.items()}
+
+
+def _is_folder(path: str | Path) -> bool:
+    """Whether there is such a folder; empty text, which Python takes for the working folder, names none."""
+    try:
+        return os.fspath(path) != "" and Path(path).is_dir()
+    except (OSError, ValueError):  # longer than any path can be, or with NUL inside
+        return False
 
 
 def _fault(checkpoint: Path, name: str, size: int, digest: str) -> str | None:
@@ -122,7 +141,7 @@ def _fault(checkpoint: Path, name: str, size: int, digest: str) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        return None if _hash(path) == digest else f"{name} was altered (its hash differs)"
+        return None if _hash(path, size) == digest else f"{name} was altered (its hash differs)"
     except (OSError, ValueError) as error:
         return f"{name[:80]} is missing or cannot be read ({type(error).__name__}: {str(error)[:80]})"
 
@@ -130,7 +149,7 @@ def _fault(checkpoint: Path, name: str, size: int, digest: str) -> str | None:
 def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest complete checkpoint in `output_dir`, and those newer than it with the fault that ruled them out."""
     skipped: list[tuple[Path, str]] = []
-    if not Path(output_dir).is_dir():
+    if not _is_folder(output_dir):
         return None, skipped
     numbered = [(int(m.group(1)), p) for p in Path(output_dir).iterdir() if (m := _CHECKPOINT.fullmatch(p.name))]
     for _, path in sorted(numbered, reverse=True):
@@ -170,7 +189,7 @@ def resolve(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -
     """The folder to resume from, or None, and lines that say what was skipped.
 
     Raises:
-        `CheckpointError`: no complete checkpoint to be found, or an explicit path that is not complete.
+        `CheckpointError`: no complete checkpoint to be found, an explicit path that is not complete, or no path.
     """
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None, []
@@ -181,25 +200,74 @@ def resolve(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -
             found = "\n".join(f"  {line}" for line in lines) or "  it holds no checkpoints"
             raise CheckpointError(f"no complete checkpoint to resume from in {output_dir}:\n{found}")
         return str(newest), lines
+    if not isinstance(resume_from_checkpoint, str | os.PathLike) or not os.fspath(resume_from_checkpoint):
+        raise CheckpointError(
+            "resume_from_checkpoint must be the folder of a checkpoint, or True for the newest complete one, got "
+            f"{shown(resume_from_checkpoint)}"
+        )
     faults = find_faults(resume_from_checkpoint)
     if faults:
         # The folder beside the one named is where its run kept the others.
-        beside, _ = last_complete_checkpoint(Path(resume_from_checkpoint).resolve().parent)
+        follow = os.path.realpath if _is_folder(resume_from_checkpoint) else os.path.abspath
+        beside, _ = last_complete_checkpoint(Path(follow(resume_from_checkpoint)).parent)
         newest = beside or last_complete_checkpoint(output_dir)[0]
         advice = f"The newest complete checkpoint is {newest}." if newest else "There is no complete checkpoint."
         raise CheckpointError(
-            f"cannot resume from {resume_from_checkpoint}: {'; '.join(faults)}. {advice} To start a new run from its "
-            "weights instead, load the model from that folder and call train() without resume_from_checkpoint."
+            f"cannot resume from {_named(resume_from_checkpoint)}: {'; '.join(faults)}. {advice} To start a new run "
+            "from its weights instead, load the model from that folder and call train() without "
+            "resume_from_checkpoint."
         )
     return str(resume_from_checkpoint), []
 
 
+def _named(path: str | os.PathLike[str]) -> str:
+    text = os.fspath(path)
+    return text if len(text) < 1000 and text.isprintable() else shown(text)
+
+
+@contextmanager
+def reading(checkpoint: str | Path, what: str) -> Iterator[None]:
+    """Inside, whatever goes wrong with a part of a checkpoint is a `CheckpointError` that names the part."""
+    try:
+        yield
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # whatever a library raises about a file is the finding here
+        raise CheckpointError(
+            f"{what} of {checkpoint} cannot be used ({reason(error)}): it was damaged or altered before its hash was "
+            "taken, or it belongs to another run or version. Resume from another checkpoint"
+        ) from error
+
+
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
-    """The state that `write_state` saved in a complete checkpoint."""
-    state = json.loads((Path(checkpoint) / STATE_FOLDER / _STATE).read_text(encoding="utf-8"))
+    """The state that `write_state` saved in a complete checkpoint.
+
+    Raises:
+        `CheckpointError`: there is none, or it cannot be read.
+    """
+    path = Path(checkpoint) / STATE_FOLDER / _STATE
+    with reading(checkpoint, f"{STATE_FOLDER}/{_STATE}"):
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")
+        state = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(state, dict):
         raise CheckpointError(f"{checkpoint}/{STATE_FOLDER}/{_STATE} does not hold an object")
     return state
+
+
+def check_listed(checkpoint: str | Path, *patterns: str) -> None:
+    """Raises `CheckpointError` unless the manifest vouches for a file of each pattern.
+
+    The host goes on without those that are not there, with fresh moments or another learning rate.
+    """
+    _, listed = _manifest(Path(checkpoint))
+    missing = [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in listed)]
+    if missing:
+        raise CheckpointError(
+            f"cannot resume from {checkpoint}: its manifest does not list {', '.join(missing)}, without which the run "
+            "would not go on as it was. To start a new run from its weights instead, load the model from that folder "
+            "and call train() without resume_from_checkpoint."
+        )
 
 
 def differences(saved: Any, now: Any, path: str = "") -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,8 +12,10 @@ from hf_pretrain_ext import _host
 from hf_pretrain_ext.data import columns, is_map_style, is_stream, sample_rows
 from hf_pretrain_ext.packing import PackedCollator, check_isolation
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin, overrides
+from hf_pretrain_ext.row_checks import faults_of_rows, looked_up, sample_size
+from hf_pretrain_ext.values import is_number, is_whole, shown
 
-__all__ = ["find_problems", "in_order", "stream_problems"]
+__all__ = ["argument_faults", "find_problems", "in_order", "stream_problems"]
 
 _OWNED = {"schedule": "the learning-rate schedule", "optimizer": "the optimizer"}
 
@@ -43,9 +45,42 @@ def in_order(plugins: Sequence[TrainerPlugin]) -> list[TrainerPlugin]:
     return ordered
 
 
+_ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "per_device_train_batch_size": (lambda value: is_whole(value) and value >= 1, "an int of at least 1"),
+    "per_device_eval_batch_size": (lambda value: is_whole(value) and value >= 1, "an int of at least 1"),
+    "gradient_accumulation_steps": (lambda value: is_whole(value) and value >= 1, "an int of at least 1"),
+    "max_steps": (lambda value: is_whole(value) and (value == -1 or value >= 1), "at least 1, or -1 to go by epochs"),
+    "num_train_epochs": (lambda value: is_number(value) and value > 0, "above 0"),
+    "learning_rate": (lambda value: is_number(value) and value >= 0, "a finite rate of at least 0"),
+}
+
+
+def argument_faults(given: Mapping[str, Any]) -> list[str]:
+    """What no run can be made of among training arguments by name: the host would find out late, or never.
+
+    Example:
+
+    >>> argument_faults({"max_steps": -7, "learning_rate": 1e-3})
+    ['max_steps must be at least 1, or -1 to go by epochs, got -7']
+    """
+    faults = []
+    for name, (fits, allowed) in _ARGUMENTS.items():
+        # A run of max_steps does not look at epochs.
+        unused = name == "num_train_epochs" and is_whole(steps := given.get("max_steps", -1)) and steps > 0
+        if name in given and not unused and not fits(given[name]):
+            faults.append(f"{name} must be {allowed}, got {shown(given[name])}")
+    return faults
+
+
+def argument_problems(args: Any) -> list[Problem]:
+    """The same of a Trainer's arguments."""
+    given = {name: getattr(args, name) for name in _ARGUMENTS if hasattr(args, name)}
+    return [Problem("arguments", fault, "Change it in the TrainingArguments.") for fault in argument_faults(given)]
+
+
 def find_problems(setup: Setup) -> list[Problem]:
     """Every problem of the set-up, notes included, from the list as a whole and from each plug-in's own `check`."""
-    problems = [*_list_problems(setup.plugins), *_host_problems(setup)]
+    problems = [*_list_problems(setup.plugins), *_host_problems(setup), *_training_data_problems(setup)]
     for plugin in setup.plugins:
         problems.extend(plugin.check(setup))
     return problems
@@ -157,6 +192,25 @@ def _packing_problems(setup: Setup) -> list[Problem]:
     return [Problem("packing", found.rstrip("."), "Isolation cannot be had with this model.")] if found else []
 
 
+def _training_data_problems(setup: Setup) -> list[Problem]:
+    """A look at the training data, unless it is a stream: those are read where a plug-in needs them."""
+    dataset, who = setup.train_dataset, "train_dataset"
+    own_loader = _overriding_class(setup.trainer, "get_train_dataloader") is not None
+    if not setup.plugins or dataset is None or own_loader or is_stream(dataset) or not hasattr(dataset, "__len__"):
+        return []
+    if len(dataset) == 0:
+        return [Problem(who, "the train_dataset is empty", "Pass a dataset with at least one row.")]
+    fault = looked_up(dataset)
+    if fault is not None:
+        return [Problem(who, *fault[:2])]
+    try:
+        (stripped,), collate = setup.stripped([dataset])
+    except ValueError:  # raw data of a trainer that prepares it as it trains
+        return []
+    found = faults_of_rows(setup, stripped, collate, sample_rows(len(dataset), sample_size(dataset)))
+    return [Problem(who, message, fix, level="error" if fatal else "note") for message, fix, fatal in found]
+
+
 def _overriding_class(trainer: Any, method: str) -> type | None:
     """The class nearest to the trainer, neither ours nor transformers', that defines `method`."""
     for cls in type(trainer).__mro__:
@@ -166,18 +220,43 @@ def _overriding_class(trainer: Any, method: str) -> type | None:
 
 
 def _distributed_problems(setup: Setup) -> list[Problem]:
-    trainer = setup.trainer
-    if setup.args.world_size <= 1:
-        return []
-    where = "ddp"
-    if trainer.is_fsdp_enabled:
-        where = "fsdp2"
-    elif trainer.is_deepspeed_enabled:
-        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
-        where = "zero3" if stage == 3 else "zero2"
-    problems = []
+    trainer, problems = setup.trainer, []
+    who = ", ".join(plugin.name for plugin in setup.plugins)
+    for part, hooks in (("scheduler", ("schedule",)), ("optimizer", ("optimizer", "wrap_optimizer"))):
+        owners = [plugin.name for plugin in setup.plugins if any(overrides(plugin, hook) for hook in hooks)]
+        if owners and _host.deepspeed_owns(trainer, part):
+            problems.append(
+                Problem(
+                    ", ".join(owners),
+                    f"the DeepSpeed settings have a {part!r} of their own, which would win",
+                    f"Remove {part!r} from them: the Trainer's own works under ZeRO.",
+                )
+            )
+    if setup.args.world_size <= 1 or not setup.plugins:
+        return problems
+    if _host.splits_batches_or_layers(trainer):
+        problems.append(
+            Problem(
+                who,
+                "under tensor, context and sequence parallelism several ranks read the same rows, and plug-ins give "
+                "every rank rows of its own",
+                "Use data parallelism: DDP, FSDP2, ZeRO.",
+            )
+        )
+        return problems
+    where = _host.sharding(trainer)
+    if where == "fsdp2" and setup.args.save_strategy != "no":
+        problems.append(
+            Problem(
+                who,
+                "the host saves a model that is sharded while it is loaded without its optimizer state, so that this "
+                "run cannot be resumed",
+                "DDP and ZeRO can.",
+                level="note",
+            )
+        )
     for plugin in setup.plugins:
-        declared = plugin.distributed.get(where, "untested")
+        declared = plugin.distributed.get("zero2" if where in ("zero0", "zero1") else where, "untested")
         if declared.startswith("refused"):
             problems.append(Problem(plugin.name, f"{declared} ({where})", "Train without it, or on one process."))
         elif declared == "untested":
@@ -210,8 +289,6 @@ def _plan_problems(who: str, trainer: Any, args: Any) -> list[Problem]:
             f"the train_dataset is a {type(dataset).__name__}, neither map-style nor a stream",
             "Use a `datasets.Dataset` or `datasets.IterableDataset`.",
         )
-    elif len(dataset) == 0:
-        add("the train_dataset is empty", "Pass a dataset with at least one row.")
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
     if strategy != "random":
         fix = "Set `train_sampling_strategy='random'`"

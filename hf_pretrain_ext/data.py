@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from hf_pretrain_ext.plan.permutation import feistel
 
 __all__ = [
     "columns",
+    "fault_of_ids",
     "fingerprint",
     "id_range",
     "is_map_style",
@@ -35,7 +37,8 @@ def is_map_style(dataset: Any) -> bool:
     """Whether rows of `dataset` can be looked up by number, and there are any."""
     from torch.utils.data import IterableDataset
 
-    if isinstance(dataset, IterableDataset | Mapping):
+    # A pandas table counts its rows and looks up columns; text is a path more often than a dataset.
+    if isinstance(dataset, IterableDataset | Mapping | str | bytes) or hasattr(dataset, "iloc"):
         return False
     return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset) > 0
 
@@ -72,22 +75,77 @@ def sample_rows(num_rows: int, size: int = SAMPLE, seed: int = 0) -> list[int]:
     return sorted(chosen.tolist())
 
 
-def token_rows(dataset: Any, rows: Sequence[int]) -> list[NDArray[np.int64]]:
-    """The `input_ids` of some rows, as int64 arrays; rows without that column are left out."""
-    if hasattr(dataset, "with_format") and "input_ids" in columns(dataset):
-        found: Iterable[Any] = dataset.select_columns(["input_ids"]).with_format("numpy")[list(rows)]["input_ids"]
+def token_rows(dataset: Any, rows: Sequence[int], column: str = "input_ids") -> list[NDArray[np.int64]]:
+    """The token ids in `column` of some rows, as int64 arrays; rows without that column are left out."""
+    if _is_arrow(dataset) and column in columns(dataset):
+        chosen = dataset.select_columns([column])
+        try:
+            found: Iterable[Any] = chosen.with_format("numpy")[list(rows)][column]
+        except AttributeError:  # of `datasets`, where a row is None
+            found = chosen.with_format(None)[list(rows)][column]
     else:
         items = [dataset[row] for row in rows]
-        found = [item["input_ids"] for item in items if isinstance(item, Mapping) and "input_ids" in item]
+        found = [item[column] for item in items if isinstance(item, Mapping) and column in item]
     return [flat for ids in found if (flat := _flat_ids(ids)) is not None]
 
 
+def _is_arrow(dataset: Any) -> bool:
+    return hasattr(dataset, "with_format") and hasattr(dataset, "select_columns")
+
+
 def _flat_ids(ids: Any) -> NDArray[np.int64] | None:
-    """Token ids as one array; None where they are ragged lists of lists (multiple choice, say)."""
+    """Token ids as one array; None where they are ragged lists of lists (multiple choice, say), or no integers."""
     try:
-        return np.asarray(ids, dtype=np.int64).reshape(-1)
+        flat = np.asarray(ids).reshape(-1)
     except (TypeError, ValueError):
         return None
+    return flat.astype(np.int64) if flat.dtype.kind in "iu" or not flat.size else None
+
+
+def fault_of_ids(dataset: Any, rows: Sequence[int], column: str = "input_ids") -> str | None:
+    """Why the values of `column` in some rows are no lists of integers; None if they are, or nothing is there.
+
+    Example:
+
+    >>> fault_of_ids([{"input_ids": [1, 2]}, {"input_ids": [1, None]}], [0, 1])
+    'None among its input_ids'
+    >>> fault_of_ids([{"input_ids": [1.5]}], [0])
+    'input_ids of float64 instead of integers'
+    """
+    if _is_arrow(dataset) and column in columns(dataset):
+        return _fault_of_arrow(dataset.select_columns([column]).with_format("arrow")[list(rows)][column], column)
+    for row in rows:
+        item = dataset[row]
+        if not isinstance(item, Mapping) or column not in item:
+            continue
+        if item[column] is None:
+            return f"None instead of {column} in row {row}"
+        try:
+            values = np.asarray(item[column]).reshape(-1)
+        except (TypeError, ValueError):
+            continue
+        kinds = {type(value) for value in values} if values.dtype.kind == "O" else set()
+        if type(None) in kinds:
+            return f"None among its {column}"
+        if values.size and values.dtype.kind not in "iuO":
+            return f"{column} of {values.dtype} instead of integers"
+    return None
+
+
+def _fault_of_arrow(values: Any, column: str) -> str | None:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if values.null_count:
+        return f"None instead of {column}"
+    is_list = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    while any(is_one(values.type) for is_one in is_list):
+        values = pc.list_flatten(values)
+        if values.null_count:
+            return f"None among its {column}"
+    kind = values.type
+    known = pa.types.is_floating(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return f"{column} of {kind} instead of integers" if known else None
 
 
 def mean_tokens(dataset: Any) -> float | None:
@@ -176,7 +234,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
     `tokenizer` is anything with `get_vocab()`, a processor holding one, or a path or name for `AutoTokenizer`.
     """
-    if isinstance(tokenizer, str):
+    if isinstance(tokenizer, str | os.PathLike):
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)

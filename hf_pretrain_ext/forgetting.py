@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional
 
 from hf_pretrain_ext.units import to_steps
+from hf_pretrain_ext.values import is_whole, shown
 
 __all__ = ["ForgettingConfig", "History", "heldout_loss", "is_probe_step", "probe_steps", "summarise"]
 
@@ -52,13 +53,13 @@ class ForgettingConfig:
 
     def __post_init__(self) -> None:
         if self.first_steps not in ("dense", "sparse"):
-            raise ValueError(f"first_steps must be 'dense' or 'sparse', got {self.first_steps!r}")
+            raise ValueError(f"first_steps must be 'dense' or 'sparse', got {shown(self.first_steps)}")
         for name in ("max_samples", "batch_size"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive int (rows), got {value!r}")
+            if not (value is None and name == "batch_size") and (not is_whole(value) or value < 1):
+                raise ValueError(f"{name} must be a positive int (rows), got {shown(value)}")
         if to_steps(self.every, 1_000_000, "every") < 1:
-            raise ValueError(f"every must be at least one step, got {self.every!r}")
+            raise ValueError(f"every must be at least one step, got {shown(self.every)}")
 
 
 def is_probe_step(step: int, total_steps: int, every: int, dense: bool) -> bool:

@@ -47,7 +47,11 @@ def compare(folder: str, saved: dict[str, Any], now: dict[str, Any]) -> None:
         [`~hf_pretrain_ext.checkpoint.CheckpointError`]: the two differ.
     """
     known = saved["arguments"].keys() & now["arguments"].keys()
-    sides = [{**side, "arguments": {key: side["arguments"][key] for key in known}} for side in (saved, now)]
+    # Checkpoints of before there was `sharding` were whole.
+    sides = [
+        {"sharding": None, **side, "arguments": {key: side["arguments"][key] for key in known}}
+        for side in (saved, now)
+    ]
     if not now["total_steps"]:
         for side in sides:
             side.update(total_steps=None, schedule=None)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from hf_pretrain_ext.values import shown
+
 if TYPE_CHECKING:
     from hf_pretrain_ext.run import PluginRun
 
@@ -36,7 +38,7 @@ class NonFiniteWatch:
 
     def __init__(self, run: PluginRun, action: Action = "report"):
         if action not in get_args(Action):
-            raise ValueError(f"on_nonfinite must be one of {get_args(Action)}, got {action!r}")
+            raise ValueError(f"on_nonfinite must be one of {get_args(Action)}, got {shown(action)}")
         self.run = run
         self.action = action
         self.begin()

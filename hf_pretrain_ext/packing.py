@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_pretrain_ext.rng import rng_guard
 from hf_pretrain_ext.say import say
+from hf_pretrain_ext.values import check_integers, shown
 
 __all__ = ["PackReport", "PackedCollator", "check_isolation", "pack"]
 
@@ -32,6 +33,11 @@ IGNORED = -100
 
 CHUNK = 1 << 18
 """Tokens that a process packs in one go, and 1/64 of the bytes it tokenizes: memory does not grow with the corpus."""
+
+MAX_BLOCK = 1 << 24
+"""Tokens of the longest block: several times the longest context of a model, and what one batch of `map` can hold."""
+
+MAX_PROCESSES = 1024
 
 REVISION = 1
 """To be raised with every change of what is written: the cache knows our functions by name and not by their code."""
@@ -138,11 +144,11 @@ def pack(
 
     column = _column(dataset, text_column)
     tokenizer = _checked(tokenizer)
-    _check_integers(block_size=(block_size, 2), seed=(seed, 0), num_proc=(num_proc, 1))
+    check_sizes(block_size, seed, num_proc)
     if not isinstance(isolate, bool):
-        raise ValueError(f"isolate must be True or False, got {isolate!r}")
+        raise ValueError(f"isolate must be True or False, got {shown(isolate)}")
     if remainder not in ("drop", "pad"):
-        raise ValueError(f"remainder must be 'drop' or 'pad', got {remainder!r}")
+        raise ValueError(f"remainder must be 'drop' or 'pad', got {shown(remainder)}")
     if block_size > tokenizer.model_max_length:
         limit = f"the tokenizer's model_max_length={tokenizer.model_max_length:,}"
         say(f"block_size={block_size:,} is above {limit}: see that the model has the positions", logging.WARNING)
@@ -200,8 +206,8 @@ def _column(dataset: Any, text_column: str) -> str:
     column = text_column if text_column in names else "input_ids"
     if column not in names:
         raise ValueError(
-            f"text_column={text_column!r} is no column of the dataset, which has {names}. Name the one that holds the "
-            "documents"
+            f"text_column={shown(text_column)} is no column of the dataset, which has {names}. Name the one "
+            "that holds the documents"
         )
     kind = dataset.features.arrow_schema.field(column).type
     if column == text_column:
@@ -235,13 +241,13 @@ def _checked(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _check_integers(**settings: tuple[Any, int]) -> None:
-    for name, (value, least) in settings.items():
-        optional = name != "block_size"
-        if value is None and optional:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise ValueError(f"{name} must be an integer from {least} on{' or None' * optional}, got {value!r}")
+def check_sizes(block_size: Any, seed: Any, num_proc: Any) -> None:
+    """Raises `ValueError` for what [`pack`] cannot work with; `seed` and `num_proc` may be None."""
+    check_integers(
+        block_size=(block_size, 2, MAX_BLOCK, False),
+        seed=(seed, 0, None, True),
+        num_proc=(num_proc, 1, MAX_PROCESSES, True),
+    )
 
 
 def _rows_within(budget: int, row: float, most: int) -> int:
@@ -327,6 +333,8 @@ def _closing(tokenizer: Any) -> dict[str, Any]:
 
 
 def _close(batch: pa.Table, revision: int, eos: int, vocabulary: int) -> pa.Table:
+    if pc.list_flatten(batch[0]).null_count:
+        raise ValueError("column 'input_ids' has None among its token ids. Take those rows out, or tokenize again")
     ids, lengths = _values(batch[0]), _list_lengths(batch[0])
     if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
         raise ValueError(

@@ -157,7 +157,7 @@ class TrainerPlugin(TrainerCallback):
         needs_extend (`bool`): False if the plug-in also works as a bare callback of a plain Trainer.
         resume (`str`): `"exact"` or `"approximate"`.
         distributed (`dict[str, str]`): what is known of `"ddp"`, `"fsdp2"`, `"zero2"`, `"zero3"`: `"exact"` (tested),
-            `"refused: reason"` or `"untested"`.
+            `"exact, without resume"`, `"refused: reason"` or `"untested"`.
         conflicts (`tuple[str, ...]`): names of plug-ins that it cannot run with.
         after (`tuple[str, ...]`): names of plug-ins that come before it when both are present.
         changes_mixture (`bool`): whether it calls `run.change_mixture`.

@@ -15,21 +15,26 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+import torch
 import yaml
 
+from hf_pretrain_ext.checks import argument_faults
 from hf_pretrain_ext.forgetting import ForgettingConfig
 from hf_pretrain_ext.nonfinite import Action
+from hf_pretrain_ext.packing import check_sizes
 from hf_pretrain_ext.plan.plan import Order
 from hf_pretrain_ext.replay import ReplayConfig
 from hf_pretrain_ext.schedules import RewarmConfig
+from hf_pretrain_ext.values import is_number, is_whole, reason, shown
 
 if TYPE_CHECKING:
     from hf_pretrain_ext.trainer import PlanConfig
@@ -51,6 +56,15 @@ class ModelConfig:
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
     tokenizer: str | None = field(default=None, metadata={"help": "Defaults to the model's own."})
 
+    def __post_init__(self) -> None:
+        if not self.name_or_path:
+            raise ValueError("name_or_path is empty: give a name on the Hub, or a folder")
+        dtype = getattr(torch, self.dtype, None)
+        if self.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(
+                f"dtype must be 'auto' or a float type of torch such as bfloat16, got {shown(self.dtype)}"
+            )
+
 
 @dataclass
 class DataConfig:
@@ -65,6 +79,10 @@ class DataConfig:
     text_column: str = field(default="text", metadata={"help": "Column of raw text, for `pack`."})
     weight: float | None = field(default=None, metadata={"help": "Of a replay source: its share in what is replayed."})
 
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("path is empty: give a dataset on the Hub, a folder, or a format such as json")
+
 
 @dataclass
 class PackConfig:
@@ -75,6 +93,9 @@ class PackConfig:
     remainder: Literal["drop", "pad"] = field(default="drop", metadata={"help": "The last, incomplete block."})
     seed: int | None = field(default=None, metadata={"help": "Shuffle documents first; None keeps their order."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes to tokenize and cut with."})
+
+    def __post_init__(self) -> None:
+        check_sizes(self.block_size, self.seed, self.num_proc)
 
 
 @dataclass
@@ -100,6 +121,7 @@ class Recipe:
         """The extended Trainer of this recipe: model, tokenizer and data are loaded here.
 
         Raises:
+            [`RecipeError`]: model, tokenizer or data cannot be loaded or packed; it names the section.
             [`~hf_pretrain_ext.PluginError`]: all that is wrong with plug-ins and data.
         """
         from hf_pretrain_ext.recipe_build import build
@@ -112,8 +134,34 @@ class Recipe:
         return PlanConfig(**self.plan) if self.plan else None
 
 
+LONGEST = 1 << 20
+"""Bytes of a recipe; more is another kind of file, or one that never ends."""
+MERGED = 10_000
+"""Settings that `<<` may bring into a section: merges of merges grow without end."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, with numbers as everybody writes them and no key given twice."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except RecipeError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # What YAML's constructors raise where a value does not fit its tag: 2001-02-30, !!int x, !!map [a].
+            what = shown(node.value) if isinstance(node, yaml.ScalarNode) else "what stands there"
+            kind, why = node.tag.rpartition(":")[2], reason(error, 120)
+            raise RecipeError(f"{_line(node)}: {what} cannot be read as {kind} ({why})") from error
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MERGED:
+            raise RecipeError(f"{_line(node)}: more than {MERGED:,} settings in one section")
+
+
+def _line(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}"
 
 
 # YAML 1.1 takes 3e-4 for a string: it wants 3.0e-4.
@@ -129,8 +177,10 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise RecipeError(f"{_line(key_node)}: a key must be a name or a number, got {shown(key)}")
         if key in found:
-            raise RecipeError(f"line {key_node.start_mark.line + 1}: {key!r} is given twice")
+            raise RecipeError(f"{_line(key_node)}: {shown(key)} is given twice")
         found[key] = loader.construct_object(value_node, deep=True)
     return found
 
@@ -146,16 +196,20 @@ def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         changes (`Sequence[str]`): settings that replace the file's: `"training.max_steps=100"`.
 
     Raises:
-        [`RecipeError`]: not YAML, an unknown or missing key, a value of the wrong kind or out of range.
+        [`RecipeError`]: not a file of YAML, an unknown or missing key, a value of the wrong kind or out of range.
         `FileNotFoundError`: no such file.
     """
-    text = Path(path).read_text(encoding="utf-8")
     try:
-        given = yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    except RecipeError as error:
-        raise RecipeError(f"{path}, {error}") from error
+        with open(path, "rb") as file:
+            content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
+            raise RecipeError(f"{path} has more than {LONGEST:,} bytes: it is not a recipe")
+        text = content.decode("utf-8")
+    except (FileNotFoundError, RecipeError):
+        raise
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{shown(str(path))} cannot be read as a recipe ({reason(error, 200)})") from error
+    given = _read(text, str(path))
     if not isinstance(given, dict):
         raise RecipeError(f"{path} must hold settings by name, got {type(given).__name__}")
     for change in changes:
@@ -166,23 +220,40 @@ def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: {error}") from error
 
 
+def _read(text: str, name: str) -> Any:
+    """What a text of YAML says; `name` is what errors call it."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except RecipeError as error:
+        raise RecipeError(f"{name}, {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{name} goes too deep: lists in lists, or sections in sections, without end") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RecipeError(f"{name} is not YAML that settings can be made of ({reason(error, 200)})") from error
+
+
 def _apply(given: dict[str, Any], change: str) -> None:
     name, sign, value = change.partition("=")
     if not sign or not name:
-        raise RecipeError(f"a change reads KEY=VALUE, such as training.max_steps=100; got {change!r}")
+        raise RecipeError(f"a change reads KEY=VALUE, such as training.max_steps=100; got {shown(change)}")
     *sections, last = name.split(".")
     for section in sections:
         inner = given.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise RecipeError(f"{change!r}: {section} holds {inner!r}, not settings by name")
+            raise RecipeError(f"{shown(change)}: {section} holds {shown(inner)}, not settings by name")
         given = inner
-    given[last] = yaml.load(value, Loader=_Loader)  # a SafeLoader
+    given[last] = _read(value, f"the change {shown(change)}")
 
 
 _SECTIONS = (
     *("model", "data", "eval_data", "trainer", "training", "pack", "plan", "on_nonfinite"),
     *("rewarm", "replay", "forgetting"),
 )
+
+
+_OPTIONAL = ("eval_data", "pack", "plan", "rewarm", "replay", "forgetting")
 
 
 def _recipe(given: dict[str, Any]) -> Recipe:
@@ -194,42 +265,82 @@ def _recipe(given: dict[str, Any]) -> Recipe:
     for name in ("model", "data", "training"):
         if name not in given:
             raise RecipeError(f"{name} is missing")
+    # A name with nothing behind it is as good as none.
+    given = {name: value for name, value in given.items() if value is not None or name not in _OPTIONAL}
     model = given["model"]
     actions = get_args(Action)
     if given.get("on_nonfinite", "report") not in actions:
-        raise RecipeError(f"on_nonfinite must be one of {actions}, got {given['on_nonfinite']!r}")
+        raise RecipeError(f"on_nonfinite must be one of {actions}, got {shown(given['on_nonfinite'])}")
     recipe = Recipe(
         on_nonfinite=given.get("on_nonfinite", "report"),
         model=_made(ModelConfig, {"name_or_path": model} if isinstance(model, str) else model, "model"),
         data=_made(DataConfig, given["data"], "data"),
         training=_training(given["training"], given.get("trainer", "trainer")),
         trainer=given.get("trainer", "trainer"),
-        eval_data=_made(DataConfig, given["eval_data"], "eval_data") if given.get("eval_data") else None,
-        pack=_made(PackConfig, given["pack"], "pack") if given.get("pack") else None,
-        plugins={name: dict(_settings(values or {}, name)) for name, values in plugins.items()},
+        eval_data=_made(DataConfig, given["eval_data"], "eval_data") if "eval_data" in given else None,
+        pack=_made(PackConfig, given["pack"], "pack") if "pack" in given else None,
+        plugins={name: _plugin(name, {} if values is None else values) for name, values in plugins.items()},
     )
-    if given.get("plan"):
+    for name, spec in (("data", recipe.data), ("eval_data", recipe.eval_data)):
+        _without_weight(spec, name)
+    if "plan" in given:
         from hf_pretrain_ext.trainer import PlanConfig
 
         recipe.plan = dataclasses.asdict(_made(PlanConfig, given["plan"], "plan"))
-    if given.get("rewarm"):
+    if "rewarm" in given:
         from hf_pretrain_ext.callbacks import RewarmCallback
 
-        _made(RewarmConfig, given["rewarm"], "rewarm")
+        _made(RewarmConfig, given["rewarm"], "rewarm", numbers_as_text=True)
         recipe.rewarm = dict(given["rewarm"])
-        try:
-            RewarmCallback(**recipe.rewarm)
-        except ValueError as error:
-            raise RecipeError(f"rewarm: {error}") from error
-    if given.get("replay"):
+        _tried(RewarmCallback, recipe.rewarm, "rewarm")
+    if "replay" in given:
+        from hf_pretrain_ext.callbacks import ReplayCallback
+
         recipe.replay, recipe.replay_sources = _with_data(given["replay"], "replay", "sources", ReplayConfig, ())
-    if given.get("forgetting"):
+        weights = {name: spec.weight for name, spec in recipe.replay_sources.items() if spec.weight is not None}
+        if weights:
+            if recipe.replay.get("weights") is not None:
+                raise RecipeError("replay: weights are given there and with the sources: keep one of the two")
+            recipe.replay["weights"] = weights
+        _tried(ReplayCallback, {"dataset": dict.fromkeys(recipe.replay_sources, ()), **recipe.replay}, "replay")
+    if "forgetting" in given:
+        from hf_pretrain_ext.callbacks import ForgettingCallback
+
         recipe.forgetting, recipe.forgetting_sets = _with_data(
             given["forgetting"], "forgetting", "sets", ForgettingConfig, ("alert_if", "stop_if")
         )
+        for name, spec in recipe.forgetting_sets.items():
+            _without_weight(spec, f"forgetting.sets.{name}")
+        sets = dict.fromkeys(recipe.forgetting_sets, ())
+        _tried(ForgettingCallback, {"datasets": sets, **recipe.forgetting}, "forgetting")
     if recipe.trainer == "sft" and recipe.pack:
         raise RecipeError("pack: SFTTrainer packs by itself; set training.packing and training.max_length instead")
     return recipe
+
+
+def _tried(plugin: Callable[..., Any], settings: Mapping[str, Any], section: str) -> None:
+    """Makes the plug-in of a section, so that what is wrong with its settings comes up before data is loaded."""
+    try:
+        plugin(**settings)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise RecipeError(f"{section}: {error}") from error
+
+
+def _plugin(name: str, given: Any) -> dict[str, Any]:
+    """Settings of another package's plug-in: that its constructor takes them is all that can be told."""
+    from hf_pretrain_ext.registry import installed_plugins
+
+    settings = dict(_settings(given, name))
+    try:
+        inspect.signature(installed_plugins()[name]).bind(**settings)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{name}: {error}") from error
+    return settings
+
+
+def _without_weight(spec: DataConfig | None, section: str) -> None:
+    if spec is not None and spec.weight is not None:
+        raise RecipeError(f"{section}.weight means nothing there: only replay.sources have weights. Leave it out")
 
 
 def _with_data(
@@ -239,20 +350,23 @@ def _with_data(
     settings = dict(_settings(given, section))
     names = {f.name for f in dataclasses.fields(config)} | {key, *more}
     _known(settings, names, section)
-    if not settings.get(key):
+    if settings.get(key) is None or settings[key] == {}:
         raise RecipeError(f"{section}.{key} is missing: name at least one dataset")
-    data = {
-        str(name): _made(DataConfig, values, f"{section}.{key}.{name}")
-        for name, values in _settings(settings.pop(key), f"{section}.{key}").items()
-    }
-    _made(config, {name: value for name, value in settings.items() if name not in more}, section)
+    data = {}
+    for name, values in _settings(settings.pop(key), f"{section}.{key}").items():
+        text = name if isinstance(name, str) else shown(name)
+        if text in data:
+            raise RecipeError(f"{section}.{key}: {text!r} is given twice, as text and as a number")
+        data[text] = _made(DataConfig, values, f"{section}.{key}.{text}")
+    rest = {name: value for name, value in settings.items() if name not in more}
+    _made(config, rest, section, numbers_as_text=True)
     return settings, data
 
 
 def _training(given: Any, trainer: Any) -> dict[str, Any]:
     settings = dict(_settings(given, "training"))
     if trainer not in ("trainer", "sft"):
-        raise RecipeError(f"trainer must be 'trainer' or 'sft', got {trainer!r}")
+        raise RecipeError(f"trainer must be 'trainer' or 'sft', got {shown(trainer)}")
     from hf_pretrain_ext.recipe_build import arguments_class
 
     cls = arguments_class(trainer)
@@ -260,25 +374,33 @@ def _training(given: Any, trainer: Any) -> dict[str, Any]:
     if "output_dir" not in settings:
         raise RecipeError("training.output_dir is missing: it says where checkpoints, trace and model go")
     hints = typing.get_type_hints(cls)
-    return {name: _fitting(value, hints[name], f"training.{name}") for name, value in settings.items()}
+    fitting = {name: _fitting(value, hints[name], f"training.{name}") for name, value in settings.items()}
+    if not fitting["output_dir"]:
+        raise RecipeError("training.output_dir is empty: it says where checkpoints, trace and model go")
+    for fault in argument_faults(fitting):
+        raise RecipeError(f"training.{fault}")
+    return fitting
 
 
 def _settings(given: Any, section: str) -> Mapping[Any, Any]:
     if not isinstance(given, Mapping):
-        raise RecipeError(f"{section} must hold settings by name, got {given!r}")
+        raise RecipeError(f"{section} must hold settings by name, got {shown(given)}")
     return given
 
 
 def _known(given: Mapping[Any, Any], names: set[str], section: str) -> None:
     for key in given:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(key if isinstance(key, str) else shown(key), names, n=1, cutoff=0.5)
             advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(names))}"
-            raise RecipeError(f"{section} has no setting {key!r}: {advice}")
+            raise RecipeError(f"{section} has no setting {shown(key)}: {advice}")
 
 
-def _made(cls: Any, given: Any, section: str) -> Any:
-    """`cls` from settings, with every key known, every value of a fitting kind, and what is needed there."""
+def _made(cls: Any, given: Any, section: str, numbers_as_text: bool = False) -> Any:
+    """`cls` from settings, with every key known, every value of a fitting kind, and what is needed there.
+
+    Lengths and rates are typed as text, the only form that holds both 0.01 and 500 steps: `numbers_as_text`.
+    """
     settings = _settings(given, section)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     _known(settings, set(fields), section)
@@ -287,10 +409,12 @@ def _made(cls: Any, given: Any, section: str) -> Any:
         if needed and name not in settings:
             raise RecipeError(f"{section}.{name} is missing: {described.metadata.get('help', 'it is needed')}")
     hints = typing.get_type_hints(cls, localns={"Order": Order})
+    if numbers_as_text:
+        hints = {name: hint | int | float if hint in (str, str | None) else hint for name, hint in hints.items()}
     values = {name: _fitting(value, hints[name], f"{section}.{name}") for name, value in settings.items()}
     try:
         return cls(**values)
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise RecipeError(f"{section}: {error}") from error
 
 
@@ -299,21 +423,24 @@ def _fitting(value: Any, hint: Any, name: str) -> Any:
     options = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for option in options:
         kind = get_origin(option) or option
-        if kind is Literal and value in get_args(option):
-            return value
         if option is Any or (option is types.NoneType and value is None):
             return value
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is Literal:
+            if value in get_args(option):
+                return value
+        elif kind is float and is_whole(value) and is_number(value) and int not in options:
             return float(value)
-        if kind is str and isinstance(value, int | float) and not isinstance(value, bool) and len(options) <= 2:
-            # Lengths and rates are typed as text, the only form that holds both 0.01 and 500 steps.
-            return value
-        if isinstance(kind, type) and isinstance(value, kind) and not (isinstance(value, bool) and kind is int):
-            return value
-        if isinstance(kind, type) and hasattr(kind, "__members__") and isinstance(value, str):
+        elif kind is list and isinstance(value, list) and get_args(option):
+            return [_fitting(item, get_args(option)[0], f"{name}[{k}]") for k, item in enumerate(value)]
+        elif kind is int:
+            if is_whole(value) and abs(value) < 1 << 63:
+                return value
+        elif isinstance(kind, type) and (
+            isinstance(value, kind) or (hasattr(kind, "__members__") and isinstance(value, str))
+        ):
             return value
     allowed = " or ".join(_kind_name(option) for option in options)
-    raise RecipeError(f"{name} must be {allowed}, got {value!r}")
+    raise RecipeError(f"{name} must be {allowed}, got {shown(value)}")
 
 
 def _kind_name(option: Any) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from hf_pretrain_ext.plugin import PluginError
+from hf_pretrain_ext.values import reason, shown
 
 if TYPE_CHECKING:
     from hf_pretrain_ext.recipe import DataConfig, Recipe
@@ -21,33 +26,52 @@ def arguments_class(trainer: str) -> type:
     return TrainingArguments
 
 
+@contextmanager
+def _naming(section: str) -> Iterator[None]:
+    """Errors of the libraries that a section of a recipe goes to, as errors of that section."""
+    from hf_pretrain_ext.recipe import RecipeError
+
+    try:
+        yield
+    except (RecipeError, PluginError):
+        raise
+    except Exception as error:  # whatever a library raises about what a recipe names is the finding here
+        raise RecipeError(f"{section}: {reason(error)}") from error
+
+
 def build(recipe: Recipe) -> Any:
     """The extended Trainer of a recipe; see [`~hf_pretrain_ext.recipe.Recipe.build`]."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     from hf_pretrain_ext import extend
 
-    args = arguments_class(recipe.trainer)(**recipe.training)
-    set_seed(args.seed)
+    with _naming("training"):
+        args = arguments_class(recipe.trainer)(**recipe.training)
+        set_seed(args.seed)
     spec = recipe.model
-    tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer or spec.name_or_path, revision=_revision(recipe))
+    with _naming(f"model.tokenizer={shown(spec.tokenizer)}" if spec.tokenizer else "the tokenizer of model"):
+        tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer or spec.name_or_path, revision=_revision(recipe))
     options = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        spec.name_or_path, revision=spec.revision, dtype=spec.dtype, **options
-    )
+    given = {"name_or_path": spec.name_or_path, "dtype": spec.dtype, **options}
+    with _naming(f"model ({', '.join(f'{name}={shown(value)}' for name, value in given.items())})"):
+        model = AutoModelForCausalLM.from_pretrained(
+            spec.name_or_path, revision=spec.revision, dtype=spec.dtype, **options
+        )
     # One rank prepares, the others read what it cached.
     with args.main_process_first(desc="loading and packing"):
-        train = _rows(recipe, recipe.data, tokenizer)
-        held_out = _rows(recipe, recipe.eval_data, tokenizer) if recipe.eval_data else None
+        train = _rows(recipe, recipe.data, tokenizer, "data")
+        held_out = _rows(recipe, recipe.eval_data, tokenizer, "eval_data") if recipe.eval_data else None
         callbacks = _callbacks(recipe, tokenizer)
-    trainer = _trainer_class(recipe)(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        **_collator(recipe, train, tokenizer, model),
-    )
+    collator = _collator(recipe, train, tokenizer, model)
+    with _naming("training"):
+        trainer = _trainer_class(recipe)(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            **collator,
+        )
     return extend(trainer, *callbacks, plan=recipe.plan_config(), on_nonfinite=recipe.on_nonfinite)
 
 
@@ -65,38 +89,45 @@ def _trainer_class(recipe: Recipe) -> Any:
     return Trainer
 
 
-def _rows(recipe: Recipe, spec: DataConfig, tokenizer: Any) -> Any:
+def _rows(recipe: Recipe, spec: DataConfig, tokenizer: Any, section: str) -> Any:
     from datasets import load_dataset
 
     from hf_pretrain_ext.packing import pack
     from hf_pretrain_ext.recipe import RecipeError
 
-    rows = load_dataset(
-        spec.path,
-        spec.name,
-        split=spec.split,
-        data_files=spec.data_files,
-        revision=spec.revision,
-        streaming=spec.streaming,
-    )
+    with _naming(f"{section} (path={shown(spec.path)}, split={shown(spec.split)})"):
+        rows = load_dataset(
+            spec.path,
+            spec.name,
+            split=spec.split,
+            data_files=spec.data_files,
+            revision=spec.revision,
+            streaming=spec.streaming,
+        )
     if recipe.trainer == "sft" or "input_ids" in (rows.column_names or ()):
         return rows
     if recipe.pack is None:
         raise RecipeError(
-            f"the rows of {spec.path} hold {rows.column_names or 'no known columns'} and no input_ids: add a section "
-            "`pack: {block_size: 1024}` to tokenize and cut them, or use `trainer: sft`"
+            f"{section}: the rows of {spec.path} hold {rows.column_names or 'no known columns'} and no input_ids: add "
+            "a section `pack: {block_size: 1024}` to tokenize and cut them, or use `trainer: sft`"
+        )
+    if spec.streaming:
+        raise RecipeError(
+            f"{section}.streaming: a stream of texts cannot be packed. Leave streaming out, or stream rows that hold "
+            "input_ids"
         )
     settings = recipe.pack
-    return pack(
-        rows,
-        tokenizer,
-        settings.block_size,
-        settings.isolate,
-        text_column=spec.text_column,
-        remainder=settings.remainder,
-        seed=settings.seed,
-        num_proc=settings.num_proc,
-    )
+    with _naming(section):
+        return pack(
+            rows,
+            tokenizer,
+            settings.block_size,
+            settings.isolate,
+            text_column=spec.text_column,
+            remainder=settings.remainder,
+            seed=settings.seed,
+            num_proc=settings.num_proc,
+        )
 
 
 def _collator(recipe: Recipe, train: Any, tokenizer: Any, model: Any) -> dict[str, Any]:
@@ -125,15 +156,19 @@ def _callbacks(recipe: Recipe, tokenizer: Any) -> list[Any]:
     if recipe.rewarm:
         made.append(RewarmCallback(**recipe.rewarm))
     if recipe.replay is not None:
-        settings = dict(recipe.replay)
-        weights = {name: spec.weight for name, spec in recipe.replay_sources.items() if spec.weight is not None}
-        if weights:
-            settings["weights"] = weights
-        sources = {name: _rows(recipe, spec, tokenizer) for name, spec in recipe.replay_sources.items()}
-        made.append(ReplayCallback(sources, **settings))
+        sources = {
+            name: _rows(recipe, spec, tokenizer, f"replay.sources.{name}")
+            for name, spec in recipe.replay_sources.items()
+        }
+        made.append(ReplayCallback(sources, **recipe.replay))
     if recipe.forgetting is not None:
-        sets = {name: _rows(recipe, spec, tokenizer) for name, spec in recipe.forgetting_sets.items()}
+        sets = {
+            name: _rows(recipe, spec, tokenizer, f"forgetting.sets.{name}")
+            for name, spec in recipe.forgetting_sets.items()
+        }
         made.append(ForgettingCallback(sets, **recipe.forgetting))
     known = installed_plugins()
-    made += [known[name](**settings) for name, settings in recipe.plugins.items()]
+    for name, settings in recipe.plugins.items():
+        with _naming(name):
+            made.append(known[name](**settings))
     return made

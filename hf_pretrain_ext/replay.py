@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -12,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from hf_pretrain_ext.plan import MAX_WEIGHT, SamplePlan, Source
 from hf_pretrain_ext.plan.plan import Unit
+from hf_pretrain_ext.values import is_number, shown
 
 __all__ = ["Change", "ReplayConfig", "realised_ratio", "stage_draws", "with_replay"]
 
@@ -51,14 +51,14 @@ class ReplayConfig:
         _check_ratio(self.ratio, "ratio")
         for name, allowed in (("mode", get_args(Mode)), ("order", ("shuffled", "original")), ("unit", get_args(Unit))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {allowed}, got {shown(getattr(self, name))}")
         self.weights = _mapping(self.weights, "weights")
         self.ratio_changes = _mapping(self.ratio_changes, "ratio_changes")
         for point, ratio in self.changes.items():
-            _check_ratio(ratio, f"ratio_changes[{point!r}]")
+            _check_ratio(ratio, f"ratio_changes[{shown(point)}]")
         for name, weight in (self.weights if isinstance(self.weights, dict) else {}).items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-                raise ValueError(f"weights[{name!r}] must be a positive number, got {weight!r}")
+            if not is_number(weight) or weight <= 0:
+                raise ValueError(f"weights[{shown(name)}] must be a positive, finite number, got {shown(weight)}")
 
     @property
     def changes(self) -> dict[str, float]:
@@ -74,18 +74,18 @@ def _mapping(given: Any, name: str) -> dict[str, float] | None:
     if isinstance(given, str):
         try:
             given = json.loads(given)
-        except ValueError as error:
-            raise ValueError(f"{name} must be a dict, or one as JSON, got {given!r}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name} must be a dict, or one as JSON, got {shown(given)}") from error
     if given is not None and not isinstance(given, Mapping):
-        raise ValueError(f"{name} must be a dict, or one as JSON, got {given!r}")
+        raise ValueError(f"{name} must be a dict, or one as JSON, got {shown(given)}")
     if given is not None and not given:
         raise ValueError(f"{name} is empty: leave it out")
     return None if given is None else dict(given)
 
 
 def _check_ratio(ratio: Any, name: str) -> None:
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-        raise ValueError(f"{name} must be what is replayed out of all, at least 0 and below 1, got {ratio!r}")
+    if not is_number(ratio) or not 0 <= ratio < 1:
+        raise ValueError(f"{name} must be what is replayed out of all, at least 0 and below 1, got {shown(ratio)}")
     if 0 < ratio < 1 / MAX_WEIGHT:
         raise ValueError(f"{name} must be 0 or at least 1/{MAX_WEIGHT}, the smallest share of a plan, got {ratio}")
 

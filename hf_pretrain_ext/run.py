@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from hf_pretrain_ext import _host, checkpoint
-from hf_pretrain_ext.checks import find_problems, in_order
+from hf_pretrain_ext.checks import argument_problems, find_problems, in_order
 from hf_pretrain_ext.data import fingerprint, is_map_style
 from hf_pretrain_ext.identity import compare, compared_arguments
 from hf_pretrain_ext.lengths import host_length, run_length
@@ -31,6 +31,7 @@ from hf_pretrain_ext.rng import get_rng_state, rng_guard, set_rng_state
 from hf_pretrain_ext.say import say
 from hf_pretrain_ext.streams import StreamMark
 from hf_pretrain_ext.trace import Trace, plain, versions
+from hf_pretrain_ext.values import is_whole, shown
 
 if TYPE_CHECKING:
     from hf_pretrain_ext.schedules import LRSchedule
@@ -64,6 +65,7 @@ class PluginRun:
         self._uncommitted_step = 0
         self._sums: dict[str, Any] = {}
         self.resume_from: str | None = None
+        self.updated_at: int | None = None
         self.active = False
         self._fingerprints: dict[str, str] = {}
         self._marks: dict[str, StreamMark] = {}
@@ -172,6 +174,10 @@ class PluginRun:
 
     def attach(self, candidates: Sequence[TrainerPlugin]) -> None:
         """Checks the list as a whole, then takes it over: on an error nothing was changed."""
+        wrong = argument_problems(self.trainer.args)
+        if wrong:
+            # Nothing else can be looked at: the length of the run follows from these.
+            raise PluginError(wrong)
         setup = self._new_setup(candidates)
         # Looking at data may run a random collator; what it draws is nobody's business in training.
         with rng_guard():
@@ -179,6 +185,14 @@ class PluginRun:
         if self.plan_config != type(self.plan_config)() and not any(overrides(p, "wrap_plan") for p in candidates):
             problems.append(
                 Problem("plan", "PlanConfig is given, but no plug-in decides the order", "Leave it out, or add one.")
+            )
+        if self.nonfinite.action != "report" and self.trainer.is_deepspeed_enabled:
+            problems.append(
+                Problem(
+                    "on_nonfinite",
+                    f"{self.nonfinite.action!r} would leave out an update that DeepSpeed makes in the backward pass",
+                    "Use 'report'.",
+                )
             )
         errors = [problem for problem in problems if problem.level == "error"]
         if errors:
@@ -282,7 +296,7 @@ class PluginRun:
         sources = len(self.plan.sources) if self.plan else 0
         self._counts = [[0] * 5 for _ in range(sources)]
         self._marks, self._marks_ahead, self._dataset, self._sampler = {}, {}, None, None
-        self._committed = self._uncommitted = None
+        self._committed = self._uncommitted = self.updated_at = None
         self._pending, self._restored, self._before_step, self.resumed_at = {}, None, None, None
         self.nonfinite.begin()
         for plugin in self.plugins:
@@ -346,28 +360,56 @@ class PluginRun:
                 "schedule": self.lr_schedule.identity() if self.lr_schedule else None,
                 "data": self._fingerprints,
                 "global_batch": self.global_batch,
+                "sharding": self._sharding(),
                 "on_nonfinite": self.nonfinite.action,
                 "total_steps": self.total_steps,
                 "arguments": arguments,
             }
         )
 
+    def _sharding(self) -> str | None:
+        """How the optimizer state of a checkpoint is split, None where it is whole: it loads only as it was saved."""
+        where = _host.sharding(self.trainer)
+        if where == "ddp":
+            return None
+        ranks = self.ranks[1]
+        return f"{where} on {ranks} rank{'s' * (ranks > 1)}" if where.startswith("zero") else where
+
     def _restore(self, resume_from: str) -> None:
         saved = checkpoint.read_state(resume_from)
+        with checkpoint.reading(resume_from, f"{checkpoint.STATE_FOLDER}/state.json"):
+            self._take_over(saved, resume_from)
+
+    def _take_over(self, saved: dict[str, Any], resume_from: str) -> None:
         if saved.get("save_only_model"):
+            why = ""
+            if saved["identity"].get("sharding") == "fsdp2":
+                why = ", as the host saves every model that is sharded while it is loaded"
             raise checkpoint.CheckpointError(
-                f"{resume_from} was saved with save_only_model=True: it has no optimizer state to resume with. "
+                f"{resume_from} was saved with save_only_model=True{why}: it has no optimizer state to resume with. "
                 "Load the model from that folder and call train() without resume_from_checkpoint for a new run."
             )
         compare(resume_from, saved["identity"], self.identity())
-        self.resumed_at = int(saved["step"])
-        self._counts = [list(row) for row in saved["counts"]]
-        self._restored = saved["log_sums"]
+        own = ("optimizer.*", "scheduler.pt") if _host.sharding(self.trainer) == "ddp" else ()
+        checkpoint.check_listed(resume_from, *own, "rng_state*.pth", "trainer_state.json")
+        with checkpoint.reading(resume_from, "trainer_state.json"):
+            there = TrainerState.load_from_json(os.path.join(resume_from, "trainer_state.json")).global_step
+        if not is_whole(saved["step"]) or saved["step"] != there:
+            raise ValueError(f"it is of step {shown(saved['step'])}, trainer_state.json of step {shown(there)}")
+        self.resumed_at = there
+        self._counts = [[int(number) for number in row] for row in saved["counts"]]
+        if [len(row) for row in self._counts] != [5] * (len(self.plan.sources) if self.plan else 0):
+            raise ValueError(f"its counts are not 5 for each source, got {shown(saved['counts'])}")
+        sums = saved["log_sums"]
+        self._restored = {"loss": float(sums["loss"]), "last_logged": int(sums["last_logged"])}
         self._marks = {name: StreamMark.from_json(mark) for name, mark in saved["streams"].items()}
         if self.plan is not None:
             added = tuple(Segment(start, tuple(weights)) for start, weights in saved["segments"])
             if saved["cursor"] is not None:
-                self.plan = dataclasses.replace(self.plan, cursors=(Cursor.from_json(saved["cursor"]),))
+                cursor = Cursor.from_json(saved["cursor"])
+                if {len(cursor.draws), len(cursor.tokens), len(cursor.behind)} != {len(self.plan.sources)}:
+                    raise ValueError(f"its cursor is not of {len(self.plan.sources)} sources")
+                self.plan = dataclasses.replace(self.plan, cursors=(cursor,))
             self.plan = self.plan.with_segments(self.plan.segments + added)
         for plugin in self.plugins:
             plugin.load_state(saved["plugins"].get(plugin.name, {}))

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from hf_pretrain_ext.units import to_rate, to_steps
+from hf_pretrain_ext.values import MAX_STEPS, is_number, is_whole, shown
 
 __all__ = [
     "CallableSchedule",
@@ -129,8 +130,10 @@ class CallableSchedule(LRSchedule):
         rates = []
         for step in points:
             rate = function(step)
-            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
-                raise ValueError(f"schedule must give a learning rate for every step, got {rate!r} for step {step}")
+            if not is_number(rate) or rate < 0:
+                raise ValueError(
+                    f"schedule must give a learning rate for every step, got {shown(rate)} for step {step}"
+                )
             rates.append(float(rate))
         pairs = zip(points, points[1:], rates, rates[1:], strict=False)
         phases = tuple(LRPhase("callable", b - a, "linear", first, last) for a, b, first, last in pairs)
@@ -152,6 +155,13 @@ def _schedule(name: str, *phases: LRPhase) -> LRSchedule:
     return LRSchedule(name, kept or phases[-1:])
 
 
+def check_total_steps(total_steps: Any) -> None:
+    """Raises `ValueError` where a schedule cannot be `total_steps` optimizer steps long."""
+    if not is_whole(total_steps) or not 1 <= total_steps <= MAX_STEPS:
+        most = f": at most {MAX_STEPS:.0e}" if is_whole(total_steps) and total_steps > 0 else ""
+        raise ValueError(f"total_steps must be a positive int (optimizer steps), got {shown(total_steps)}{most}")
+
+
 class _Run:
     """What all schedules share: the settings, read and checked."""
 
@@ -164,14 +174,14 @@ class _Run:
         start_lr: float | str,
         tokens_per_step: float | None,
     ):
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise ValueError(f"total_steps must be a positive int (optimizer steps), got {total_steps!r}")
-        if isinstance(peak_lr, bool) or not isinstance(peak_lr, int | float) or not 0 < peak_lr < math.inf:
-            raise ValueError(f"peak_lr must be a positive learning rate such as 3e-4, got {peak_lr!r}")
+        check_total_steps(total_steps)
+        if not is_number(peak_lr) or peak_lr <= 0:
+            raise ValueError(f"peak_lr must be a positive learning rate such as 3e-4, got {shown(peak_lr)}")
         self.total, self.peak, self.tokens_per_step = total_steps, float(peak_lr), tokens_per_step
         self.low, self.start = to_rate(min_lr, peak_lr, "min_lr"), to_rate(start_lr, peak_lr, "start_lr")
-        if self.low > peak_lr:
-            raise ValueError(f"min_lr {self.low:g} is above peak_lr {peak_lr:g}")
+        for name, rate in (("min_lr", self.low), ("start_lr", self.start)):
+            if rate > peak_lr:
+                raise ValueError(f"{name} {rate:g} is above peak_lr {peak_lr:g}")
         self.warm = self.length(warmup, "warmup")
 
     def length(self, value: int | float | str, name: str) -> int:
@@ -399,8 +409,8 @@ class RewarmConfig:
         >>> RewarmConfig(peak_lr=1e-3).build(200).total_steps
         200
         """
-        if self.schedule not in _BUILDERS:
-            raise ValueError(f"schedule must be one of {sorted(_BUILDERS)}, got {self.schedule!r}")
+        if not isinstance(self.schedule, str) or self.schedule not in _BUILDERS:
+            raise ValueError(f"schedule must be one of {sorted(_BUILDERS)}, got {shown(self.schedule)}")
         allowed = _OPTIONS.get(self.schedule, ())
         options = {name: getattr(self, name) for name in ("decay", "const_lr", "cooldown", "constant")}
         given = {name: value for name, value in options.items() if value is not None}

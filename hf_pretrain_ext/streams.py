@@ -26,6 +26,7 @@ import numpy as np
 from hf_pretrain_ext import _host
 from hf_pretrain_ext.plan.counter import derive_key
 from hf_pretrain_ext.rng import rng_guard
+from hf_pretrain_ext.values import is_whole, shown
 
 __all__ = ["StreamError", "StreamMark", "StreamReader", "first_rows", "row_digest"]
 
@@ -61,7 +62,11 @@ class StreamMark:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> StreamMark:
-        return cls(**{**saved, "digests": tuple(saved["digests"])})
+        mark = cls(**{**saved, "digests": tuple(saved["digests"])})
+        numbers = (mark.number, mark.turn, mark.turn_start, mark.anchor)
+        if not all(is_whole(number) and number >= 0 for number in numbers):
+            raise ValueError(f"the mark of a stream holds {shown(numbers)}, which are no row numbers")
+        return mark
 
 
 def row_digest(row: Any) -> str:

@@ -24,6 +24,7 @@ from hf_pretrain_ext.preview import Preview, preview_of
 from hf_pretrain_ext.reload import load_converted
 from hf_pretrain_ext.run import PluginRun
 from hf_pretrain_ext.schedules import LRSchedule
+from hf_pretrain_ext.values import is_whole, shown
 
 __all__ = ["PlanConfig", "PluginTrainerMixin", "extend", "lambda_lr"]
 
@@ -54,9 +55,13 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         if self.order not in get_args(Order):
-            raise ValueError(f"order must be one of {get_args(Order)}, got {self.order!r}")
-        if self.window is not None and not 1 <= self.window <= MAX_WINDOW:
-            raise ValueError(f"window must lie in 1..{MAX_WINDOW} draws, got {self.window}")
+            raise ValueError(f"order must be one of {get_args(Order)}, got {shown(self.order)}")
+        for name, least, most, unit in (("seed", -(1 << 63), (1 << 63) - 1, ""), ("window", 1, MAX_WINDOW, " draws")):
+            value = getattr(self, name)
+            if value is not None and not (is_whole(value) and least <= value <= most):
+                kind = "" if is_whole(value) else "be an int and "
+                limits = f"{least}..{most}" if unit else "-2^63..2^63 - 1"
+                raise ValueError(f"{name} must {kind}lie in {limits}{unit}, got {shown(value)}")
 
 
 def relative_rate(step: int, schedule: LRSchedule, base_lr: float) -> float:
@@ -114,6 +119,7 @@ class PluginTrainerMixin(_Base):
     _plugin_run: PluginRun
 
     def __init__(self, *args: Any, plan: PlanConfig | None = None, on_nonfinite: Action = "report", **kwargs: Any):
+        _check_plan_config(plan)
         super().__init__(*args, **kwargs)
         self._plugin_run = PluginRun(self, plan or PlanConfig())
         self._plugin_run.nonfinite = NonFiniteWatch(self._plugin_run, on_nonfinite)
@@ -163,6 +169,7 @@ class PluginTrainerMixin(_Base):
             return result
         finally:
             run.active = False
+            _host.end_workers(self)
 
     def _hp_search_setup(self, trial: Any) -> None:
         # Called by every train(), after model_init and before weights are loaded: here the arguments are settled.
@@ -286,11 +293,19 @@ class PluginTrainerMixin(_Base):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            # DeepSpeed updates the weights at the end of the backward pass.
+            self._plugin_run.updated_at = self.state.global_step
         self._plugin_run.nonfinite.loss(loss)
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
+        # An optimizer that updates inside backward leaves no gradients to look at, and tells their norm itself.
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        tells = getattr(optimizer, "gradient_norm", None)
+        told = tells() if tells is not None else None
+        norm = norm if told is None else told
         self._plugin_run.nonfinite.gradient_norm(norm)
         return norm
 
@@ -331,8 +346,13 @@ class PluginTrainerMixin(_Base):
             run.eval_scalars = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with checkpoint.reading(resume_from_checkpoint, "the weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_converted(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        with checkpoint.reading(str(checkpoint_folder), "optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint_folder)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -340,11 +360,12 @@ class PluginTrainerMixin(_Base):
             self._load_converted(self.state.best_model_checkpoint)
 
     def _load_converted(self, folder: str) -> None:
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if _host.sharding(self) == "ddp":
             load_converted(self.model, folder)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        with checkpoint.reading(str(checkpoint_folder), "rng_state.pth"):
+            super()._load_rng_state(checkpoint_folder)
         self._plugin_run.remember_state()
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -355,6 +376,10 @@ class PluginTrainerMixin(_Base):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run = self._plugin_run
+        if run.updated_at == self.state.global_step:
+            # On SIGTERM, inside a step whose update cannot be undone: what is saved is that step's end.
+            self.control.should_save = True
+            return
         run.prepare_save()
         folder = _host.checkpoint_folder(self, trial)
         write = self.state.save_to_json
@@ -423,7 +448,7 @@ def extend(
 
     Raises:
         [`PluginError`]: all that is wrong with the plug-ins in this set-up.
-        `TypeError`: `trainer` is not a Trainer, or a callback not a callback.
+        `TypeError`: `trainer` is not a Trainer, a callback not a callback, or `plan` not a [`PlanConfig`].
 
     Example:
 
@@ -434,26 +459,33 @@ def extend(
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"extend needs a transformers.Trainer (or a subclass), got {type(trainer).__name__}")
+    _check_plan_config(plan)
     made = list(_instances(callbacks))
     there = trainer.callback_handler.callbacks
     fresh = [callback for callback in made if not any(callback is other for other in there)]
     known = getattr(trainer, "_plugin_run", None)
     run = known or PluginRun(trainer, PlanConfig())
-    kept = run.plan_config
-    watch = NonFiniteWatch(run, on_nonfinite) if on_nonfinite is not None else run.nonfinite
-    run.plan_config = plan or kept
+    kept = run.plan_config, run.nonfinite
+    run.plan_config = plan or run.plan_config
     try:
+        if on_nonfinite is not None:
+            run.nonfinite = NonFiniteWatch(run, on_nonfinite)
         run.attach([*_plugins(trainer), *(callback for callback in fresh if isinstance(callback, TrainerPlugin))])
     except Exception:
-        run.plan_config = kept
+        run.plan_config, run.nonfinite = kept
         raise
     if not isinstance(trainer, PluginTrainerMixin):
         trainer.__class__ = _extended(type(trainer))
-    run.nonfinite = watch
     cast(Any, trainer)._plugin_run = run
     for callback in fresh:
         trainer.add_callback(callback)
     return trainer
+
+
+def _check_plan_config(plan: Any) -> None:
+    if plan is not None and not isinstance(plan, PlanConfig):
+        fix = "PlanConfig(**plan)" if isinstance(plan, dict) else "PlanConfig(order='original'), say"
+        raise TypeError(f"plan must be a PlanConfig, got {shown(plan)}. Pass {fix}")
 
 
 def _instances(callbacks: tuple[Any, ...]) -> Iterator[TrainerCallback]:

@@ -10,11 +10,15 @@ import math
 import re
 from fractions import Fraction
 
+from hf_pretrain_ext.values import MAX_STEPS, is_number, shown
+
 __all__ = ["to_point", "to_rate", "to_steps"]
 
-_LENGTH = re.compile(r"\s*([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*(%|steps?|[kKMBT]?\s*tokens?)?\s*")
+# At most 40 digits and an exponent of two: the fraction 1e-999999999 would fill the memory.
+_NUMBER = r"(?=[0-9._]{1,40}(?![0-9._]))[0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?"
+_LENGTH = re.compile(rf"\s*({_NUMBER})\s*(%|steps?|[kKMBT]?\s*tokens?)?\s*")
 _TOKENS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_RATE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(%)?\s*")
+_RATE = re.compile(r"\s*((?=[0-9.]{1,40}(?![0-9.]))[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3})?)\s*(%)?\s*")
 
 
 def to_steps(value: int | float | str, total_steps: int, name: str, tokens_per_step: float | None = None) -> int:
@@ -48,7 +52,7 @@ def to_point(value: int | float | str, name: str, tokens_per_step: float | None 
     if isinstance(value, str):
         match = _LENGTH.fullmatch(value)
         if match is None:
-            raise ValueError(f'{advice}, "2%" or "1B tokens", got {value!r}')
+            raise ValueError(f'{advice}, "2%" or "1B tokens", got {shown(value)}')
         number, unit = match.groups()
         if unit is not None and "token" in unit:
             if tokens_per_step is None:
@@ -57,7 +61,7 @@ def to_point(value: int | float | str, name: str, tokens_per_step: float | None 
                     "`extend(trainer)` and data with input_ids, or give the length in steps"
                 )
             tokens = float(number) * _TOKENS[unit.split("t", 1)[0].strip()]
-            return math.floor(tokens / tokens_per_step + 0.5), Fraction(0)
+            return _in_range(math.floor(tokens / tokens_per_step + 0.5), value, advice), Fraction(0)
         if unit == "%":
             if float(number) >= 100:
                 raise ValueError(f"{advice}; {match.group(0).strip()!r} is not below 100%")
@@ -68,16 +72,22 @@ def to_point(value: int | float | str, name: str, tokens_per_step: float | None 
             value = int(number)
         else:
             raise ValueError(f"{advice}; a number of steps is whole, got {value!r}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{advice}, got {value!r}")
-    if isinstance(value, int):
-        if value < 0:
-            raise ValueError(f"{advice}, got {value}")
-        return value, Fraction(0)
-    if not 0 <= value < 1:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _in_range(value, value, advice), Fraction(0)
+    if not is_number(value) or value < 0:
+        raise ValueError(f"{advice}, got {shown(value)}")
+    if value >= 1:
         raise ValueError(f"{advice}, got {value}: write {value:g} steps as an int")
     # In decimals, as typed.
     return 0, Fraction(repr(value))
+
+
+def _in_range(steps: int, value: int | str, advice: str) -> int:
+    if steps < 0:
+        raise ValueError(f"{advice}, got {shown(value)}")
+    if steps > MAX_STEPS:
+        raise ValueError(f"{advice}, at most {MAX_STEPS:.0e} steps, got {shown(value)}")
+    return steps
 
 
 def to_rate(value: float | str, peak_lr: float, name: str) -> float:
@@ -96,11 +106,14 @@ def to_rate(value: float | str, peak_lr: float, name: str) -> float:
     if isinstance(value, str):
         match = _RATE.fullmatch(value)
         if match is None:
-            raise ValueError(f"{advice}, got {value!r}")
+            raise ValueError(f"{advice}, got {shown(value)}")
         value, relative = float(match.group(1)), match.group(2) is not None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{advice}, got {value!r}")
+    if not is_number(value) or value < 0:
+        raise ValueError(f"{advice}, got {shown(value)}")
     if relative:
-        # In decimals, as typed: in floats 10 % of 3e-4 is not 3e-5.
-        return float(Fraction(repr(float(value))) * Fraction(repr(float(peak_lr))) / 100)
+        try:
+            # In decimals, as typed: in floats 10 % of 3e-4 is not 3e-5.
+            return float(Fraction(repr(float(value))) * Fraction(repr(float(peak_lr))) / 100)
+        except OverflowError as error:
+            raise ValueError(f"{advice}, got {value:g}% of {peak_lr:g}, which is no finite rate") from error
     return float(value)

@@ -9,8 +9,11 @@ A check without a row can be lost without anybody noticing: a new check comes wi
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from fractions import Fraction
 from functools import cache, partial
@@ -27,6 +30,8 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets.distributed import split_dataset_by_node
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedTokenizerFast,
@@ -48,6 +53,7 @@ from hf_pretrain_ext import (
 )
 from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
 from hf_pretrain_ext.checkpoint import STATE_FOLDER, CheckpointError, read_state, resolve, write_state
+from hf_pretrain_ext.data import sample_rows
 from hf_pretrain_ext.demo.tokenizer import blocks, encode_documents, train_tokenizer
 from hf_pretrain_ext.loader import PlanCollator
 from hf_pretrain_ext.plan import Phase, Segment
@@ -190,7 +196,11 @@ add(
     ("mode", replay(mode="extra"), "mode must be one of ('equivalent', 'additional'), got 'extra'"),
     ("order of replay", replay(order="random"), "order must be one of ('shuffled', 'original'), got 'random'"),
     ("unit", replay(unit="words"), "unit must be one of ('samples', 'tokens'), got 'words'"),
-    ("weight zero", replay(weights={"wiki": 0, "code": 1}), "weights['wiki'] must be a positive number, got 0"),
+    (
+        "weight zero",
+        replay(weights={"wiki": 0, "code": 1}),
+        "weights['wiki'] must be a positive, finite number, got 0",
+    ),
     (
         "weights of others",
         replay(weights={"wiki": 1, "books": 1}),
@@ -225,6 +235,73 @@ add(
         "stop_if negative",
         forgetting(stop_if={"old": -0.1}),
         "stop_if['old'] must be a positive rise in nats, got -0.1",
+    ),
+    ("warmup of endless digits", rewarm(warmup="1e-999999999%"), f"""{LENGTH}, "2%" or "1B tokens", got '1e-99"""),
+    ("warmup of 5,000 digits", rewarm(warmup="9" * 5000), "got '9999"),
+    ("warmup of 400 zeros", rewarm(warmup=10**400), f"{LENGTH}, at most 1e+15 steps, got an int of 401 digits"),
+    ("warmup infinite", rewarm(warmup=float("inf")), f"{LENGTH}, got inf"),
+    ("warmup not a number", rewarm(warmup=float("nan")), f"{LENGTH}, got nan"),
+    ("warmup of endless tokens", rewarm(warmup="1e400 tokens"), "got '1e400 tokens'"),
+    ("warmup of too many tokens", rewarm(warmup="1e99 tokens"), "at most 1e+15 steps, got '1e99 tokens'"),
+    ("peak_lr endless", rewarm(10**400), "peak_lr must be a positive learning rate such as 3e-4, got an int of 401 d"),
+    ("min_lr endless", rewarm(min_lr=10**400), f"{RATE}, got an int of 401 digits"),
+    ("min_lr a share of a huge peak", rewarm(1e308, min_lr="900%"), "900% of 1e+308, which is no finite rate"),
+    ("total_steps endless", rewarm(total_steps=10**400), "got an int of 401 digits: at most 1e+15"),
+    ("start_lr above the peak", rewarm(start_lr=0.5), "start_lr 0.5 is above peak_lr 0.01"),
+    ("rewarm.allow_no_effect", rewarm(allow_no_effect="no"), "allow_no_effect must be True or False, got 'no'"),
+    (
+        "a function and warmup",
+        call(RewarmCallback, schedule=abs, warmup=3),
+        "a function says all of the rate: leave warm",
+    ),
+    ("a function and min_lr", call(RewarmCallback, schedule=abs, min_lr=0), "min_lr=0 is a setting of the schedules"),
+    ("a function and a peak", call(RewarmCallback, 1e-3, schedule=abs), "peak_lr=0.001 is a setting of the schedules"),
+    ("replay.allow_no_effect", replay(allow_no_effect=1), "allow_no_effect must be True or False, got 1"),
+    (
+        "point of a later ratio, endless",
+        replay(ratio_changes={"1e-999999999%": 0.1}),
+        "ratio_changes must be an int (steps), a float in [0, 1)",
+    ),
+    (
+        "weight endless",
+        replay(weights={"wiki": 10**400, "code": 1}),
+        "weights['wiki'] must be a positive, finite number, got an int of 401 digits",
+    ),
+    (
+        "weight infinite",
+        replay(weights={"wiki": float("inf"), "code": 1}),
+        "weights['wiki'] must be a positive, finite number, got inf",
+    ),
+    (
+        "weights by numbers and text",
+        replay(weights={1: 1, "code": 1}),
+        "weights must name the datasets ['code', 'wiki']",
+    ),
+    ("weights of nested JSON", replay(weights="[" * 9999), "weights must be a dict, or one as JSON, got '[[["),
+    (
+        "alert_if a number",
+        forgetting(alert_if=0.3),
+        "alert_if must be a dict of rises in nats by set, such as {'gener",
+    ),
+    ("stop_if a list", forgetting(stop_if=["old"]), "stop_if must be a dict of rises in nats by set"),
+    (
+        "alert_if endless",
+        forgetting(alert_if={"old": 10**400}),
+        "alert_if['old'] must be a positive rise in nats, got",
+    ),
+    ("window as text", call(PlanConfig, window="4"), "window must be an int and lie in 1..32768 draws, got '4'"),
+    ("window in parts", call(PlanConfig, window=1.5), "window must be an int and lie in 1..32768 draws, got 1.5"),
+    ("window a flag", call(PlanConfig, window=True), "window must be an int and lie in 1..32768 draws, got True"),
+    ("seed of the plan", call(PlanConfig, seed="x"), "seed must be an int and lie in -2^63..2^63 - 1, got 'x'"),
+    (
+        "seed of the plan in parts",
+        call(PlanConfig, seed=1.5),
+        "seed must be an int and lie in -2^63..2^63 - 1, got 1.5",
+    ),
+    (
+        "seed of the plan endless",
+        call(PlanConfig, seed=10**400),
+        "seed must lie in -2^63..2^63 - 1, got an int of 401",
     ),
     ("order of the plan", call(PlanConfig, order="random"), "order must be one of ('shuffled', 'original', 'host')"),
     ("window", call(PlanConfig, window=0), "window must lie in 1..32768 draws, got 0"),
@@ -374,6 +451,18 @@ def own_optimizer_twice(folder: Path) -> Act:
     return partial(extend, made, Sgd())
 
 
+def arguments_set(**given: Any) -> Prepare:
+    """`extend` of a Trainer whose arguments were changed after its construction, as some loops do."""
+
+    def prepare(folder: Path) -> Act:
+        trainer = tiny.trainer(folder / "output")
+        for name, value in given.items():
+            setattr(trainer.args, name, value)
+        return partial(extend, trainer, RewarmCallback(1e-2))
+
+    return prepare
+
+
 class SecondSchedule(TrainerPlugin):
     name = "second"
 
@@ -442,12 +531,31 @@ add(
     ("split_batches", replaying(accelerator_config={"split_batches": True}), "split_batches=True changes which rank"),
     ("dispatch_batches", replaying(accelerator_config={"dispatch_batches": True}), "dispatch_batches=True reads all"),
     ("auto_find_batch_size", extending(Toy, auto_find_batch_size=True), "toy: auto_find_batch_size would change the"),
+    (
+        "batch of nothing",
+        arguments_set(per_device_train_batch_size=0),
+        "per_device_train_batch_size must be an int of a",
+    ),
+    ("batch below nothing", arguments_set(per_device_train_batch_size=-1), "must be an int of at least 1, got -1"),
+    ("no accumulation", arguments_set(gradient_accumulation_steps=0), "gradient_accumulation_steps must be an int of"),
+    ("epochs below 0", arguments_set(max_steps=-1, num_train_epochs=-1), "num_train_epochs must be above 0, got -1"),
+    ("steps below -1", arguments_set(max_steps=-7), "max_steps must be at least 1, or -1 to go by epochs, got -7"),
+    (
+        "learning_rate not a number",
+        arguments_set(learning_rate=float("nan")),
+        "learning_rate must be a finite rate of",
+    ),
     ("own loader", replaying(cls=OwnLoader), "OwnLoader has a get_train_dataloader of its own, which would not be"),
 )
 add(
     "settings",
     TypeError,
     ("no Trainer", call(extend, "trainer"), "extend needs a transformers.Trainer (or a subclass), got str"),
+    (
+        "plan a dict",
+        extending(plan={"order": "host"}),
+        "plan must be a PlanConfig, got {'order': 'host'}. Pass PlanCo",
+    ),
     ("no callback", extending(lambda: "rewarm"), "extend takes callbacks after the trainer, got str"),
 )
 
@@ -567,6 +675,36 @@ def recipe(content: str | None = None, *set_: str, **changes: Any) -> Prepare:
     return prepare
 
 
+MINIMUM = "data: {path: json}\ntraining: {output_dir: x}"
+
+
+def raw_recipe(content: bytes) -> Prepare:
+    def prepare(folder: Path) -> Act:
+        (folder / "recipe.yaml").write_bytes(content)
+        return partial(load_recipe, folder / "recipe.yaml")
+
+    return prepare
+
+
+def with_plan(text: str) -> Prepare:
+    """A right recipe with a section `plan` of any text."""
+    return recipe(f"{yaml.safe_dump(valid_recipe())}plan: {text}\n")
+
+
+def bomb(first: str, line: str, levels: int = 30) -> str:
+    """A model of aliases of aliases: short as YAML, endless as text."""
+    lines = (f"- &a{n} {line.format(n - 1, n - 1)}" for n in range(1, levels))
+    return "\n".join(["model:", f"- &a0 {first}", *lines, MINIMUM])
+
+
+def merges(levels: int = 40) -> str:
+    """A section that brings in another twice, which brings in another twice, ..."""
+    text = "{k: 1}"
+    for level in range(levels):
+        text = f"{{<<: [&a{level} {text}, *a{level}]}}"
+    return f"plan: {text}"
+
+
 def training(**given: Any) -> Prepare:
     return recipe(training={"output_dir": "runs/first", **given})
 
@@ -683,25 +821,151 @@ add(
         recipe(None, "model.name=y"),
         "'model.name=y': model holds 'my-org/my-model', not settings",
     ),
+    (
+        "bytes that are no text",
+        raw_recipe(b"model: \xff\xfe"),
+        "cannot be read as a recipe (UnicodeDecodeError: 'utf-8'",
+    ),
+    ("a folder", lambda folder: partial(load_recipe, folder), "cannot be read as a recipe (IsADirectoryError:"),
+    ("NUL in its name", call(load_recipe, "a\0b"), "'a\\x00b' cannot be read as a recipe (ValueError: embedded null"),
+    ("a name too long", call(load_recipe, "x" * 5000), "cannot be read as a recipe (OSError: "),
+    ("what never ends", call(load_recipe, "/dev/zero"), "/dev/zero has more than 1,048,576 bytes: it is not a recipe"),
+    ("an alias bomb", recipe(bomb("[x, x]", "[*a{}, *a{}]")), "model must hold settings by name, got [['x', 'x'], [["),
+    ("merges of merges", recipe(merges()), "more than 10,000 settings in one section"),
+    ("a key that is a list", recipe("? [a]\n: b\n"), "line 1: a key must be a name or a number, got ['a']"),
+    ("!!map of a list", with_plan("!!map [a]"), "what stands there cannot be read as map ("),
+    (
+        "a day that is not there",
+        with_plan("2001-02-30"),
+        "'2001-02-30' cannot be read as timestamp (ValueError: day is",
+    ),
+    ("a number that is none", with_plan("!!int x"), "'x' cannot be read as int (ValueError: invalid literal"),
+    ("a flag that is none", with_plan("!!bool x"), "'x' cannot be read as bool (KeyError: 'x')"),
+    ("a time that is none", with_plan("!!timestamp x"), "'x' cannot be read as timestamp ("),
+    ("a list without end", recipe("[" * 20_000), "recipe.yaml goes too deep: lists in lists, or sections in sections"),
+    ("an int of 5,000 digits", training(max_steps=10**4200), "training.max_steps must be int, got an int of 4,201 di"),
+    (
+        "more digits than Python reads",
+        recipe(f"model: {'9' * 5000}\n{MINIMUM}"),
+        "cannot be read as int (ValueError: Ex",
+    ),
+    (
+        "an int too large for a float",
+        training(learning_rate=10**400),
+        "training.learning_rate must be float, got an i",
+    ),
+    ("a change that is no YAML", recipe(None, "plan=["), "the change 'plan=[' is not YAML: while parsing a flow"),
+    ("plan 0", recipe(plan=0), "plan must hold settings by name, got 0"),
+    ("pack 0", recipe(pack=0), "pack must hold settings by name, got 0"),
+    ("rewarm of nothing", recipe(rewarm={}), "rewarm.peak_lr is missing: Learning rate to re-warm to"),
+    ("replay of nothing", recipe(replay=[]), "replay must hold settings by name, got []"),
+    ("forgetting switched off", recipe(forgetting=False), "forgetting must hold settings by name, got False"),
+    ("eval_data empty", recipe(eval_data=""), "eval_data must hold settings by name, got ''"),
+    ("model a number", recipe(model={"name_or_path": 3}), "model.name_or_path must be str, got 3"),
+    ("model of no name", recipe(model=""), "model: name_or_path is empty: give a name on the Hub, or a folder"),
+    ("data a number", recipe(data={"path": 3}), "data.path must be str, got 3"),
+    ("data of no name", recipe(data={"path": ""}), "data: path is empty: give a dataset on the Hub, a folder, or a"),
+    ("output_dir a number", recipe(training={"output_dir": 3}), "training.output_dir must be str or none, got 3"),
+    ("output_dir empty", recipe(training={"output_dir": ""}), "training.output_dir is empty: it says where"),
+    (
+        "a file that is a number",
+        recipe(data={"path": "json", "data_files": [1]}),
+        "data.data_files[0] must be str, got 1",
+    ),
+    ("block_size 0", recipe(pack={"block_size": 0}), "pack: block_size must be an integer from 2 on, got 0"),
+    (
+        "pack.seed",
+        recipe(pack={"block_size": 16, "seed": -1}),
+        "pack: seed must be an integer from 0 on or None, got -1",
+    ),
+    (
+        "pack.num_proc",
+        recipe(pack={"block_size": 16, "num_proc": 0}),
+        "pack: num_proc must be an integer from 1 on or",
+    ),
+    (
+        "replay.weights of others",
+        recipe(replay=source(weights={"new": 1})),
+        "replay: weights must name the datasets ['o",
+    ),
+    (
+        "weights twice",
+        recipe(replay={"sources": {"old": {**JSONL, "weight": 1}}, "weights": {"old": 1}}),
+        "keep one of",
+    ),
+    (
+        "replay changes at 0",
+        recipe(replay=source(ratio_changes={0: 0.5})),
+        "replay: ratio_changes must hold points aft",
+    ),
+    (
+        "forgetting.alert_if",
+        recipe(forgetting={"sets": {"a": JSONL}, "alert_if": 0.3}),
+        "forgetting: alert_if must be a",
+    ),
+    ("a set with a path as name", recipe(forgetting={"sets": {"../a": JSONL}}), "forgetting: datasets: a name holds"),
+    (
+        "weight of the new data",
+        recipe(data={**JSONL, "weight": 2.0}),
+        "data.weight means nothing there: only replay.sou",
+    ),
+    (
+        "weight of a set",
+        recipe(forgetting={"sets": {"a": {**JSONL, "weight": 1}}}),
+        "forgetting.sets.a.weight means not",
+    ),
+    (
+        "batch 0",
+        training(per_device_train_batch_size=0),
+        "training.per_device_train_batch_size must be an int of at l",
+    ),
+    ("accumulation 0", training(gradient_accumulation_steps=0), "training.gradient_accumulation_steps must be an int"),
+    ("epochs -1", training(num_train_epochs=-1), "training.num_train_epochs must be above 0, got -1.0"),
+    (
+        "learning_rate nan",
+        training(learning_rate=float("nan")),
+        "training.learning_rate must be a finite rate of at lea",
+    ),
+    ("max_steps -7", training(max_steps=-7), "training.max_steps must be at least 1, or -1 to go by epochs, got -7"),
+    (
+        "dtype",
+        recipe(model={"name_or_path": "x", "dtype": "flaot32"}),
+        "model: dtype must be 'auto' or a float type of",
+    ),
     ("a change misspelt", recipe(None, "rewarm.peak=1"), "rewarm has no setting 'peak': did you mean 'peak_lr'?"),
 )
 
 
-def raw_text_recipe(folder: Path) -> Act:
-    """Text and no section `pack`: seen when the data is loaded."""
-    tokenizer = words()
-    model = tiny.model()
+@cache
+def saved_model() -> Path:
+    """A tiny model with its tokenizer, made once."""
+    folder = Path(tempfile.mkdtemp(prefix="bad-inputs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    tokenizer, model = words(), tiny.model()
     model.resize_token_embeddings(len(tokenizer))
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "new.jsonl").write_text('{"text": "a b"}\n')
-    content = {
-        "model": str(folder / "model"),
-        "data": {"path": "json", "data_files": str(folder / "new.jsonl")},
-        "training": {"output_dir": str(folder / "output"), "max_steps": 1, "report_to": "none", "use_cpu": True},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    return load_recipe(folder / "recipe.yaml").build
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def building(content: str = '{"text": "a b a b a b a b a b"}\n', **changes: Any) -> Prepare:
+    """`build` of a recipe with a model and data that are there; `{}` in text of a change is the folder."""
+
+    def prepare(folder: Path) -> Act:
+        (folder / "new.jsonl").write_text(content)
+        data = {"path": "json", "data_files": str(folder / "new.jsonl")}
+        arguments = {"output_dir": str(folder / "output"), "max_steps": 1, "report_to": "none", "use_cpu": True}
+        recipe: dict[str, Any] = {"model": str(saved_model()), "data": data, "pack": {"block_size": 4}}
+        recipe["training"] = {**arguments, **changes.pop("training", {})}
+        for section, given in changes.items():
+            known = {"model": {"name_or_path": str(saved_model())}, "data": data}.get(section, {})
+            recipe[section] = None if given is None else {**known, **given}
+        (folder / "recipe.yaml").write_text(
+            yaml.safe_dump(recipe).replace("{}", str(folder)).replace("@model", str(saved_model()))
+        )
+        return load_recipe(folder / "recipe.yaml").build
+
+    return prepare
 
 
 add(
@@ -709,8 +973,62 @@ add(
     RecipeError,
     (
         "raw text without pack",
-        raw_text_recipe,
-        "hold ['text'] and no input_ids: add a section `pack: {block_size: 1024}",
+        building(pack=None),
+        "hold ['text'] and no input_ids: add a section `pack: {block_size:",
+    ),
+    (
+        "arguments that the host refuses",
+        building(training={"lr_scheduler_type": "cosin"}),
+        "training: ValueError: cosin is not a",
+    ),
+    ("arguments that contradict", building(training={"load_best_model_at_end": True}), "training: ValueError: "),
+    (
+        "a model that is not there",
+        building(model={"name_or_path": "{}/nowhere", "tokenizer": "@model"}),
+        "/nowhere', dtype='float32'): ",
+    ),
+    ("a folder without a tokenizer", building(model={"tokenizer": "{}"}), "model.tokenizer='"),
+    (
+        "a folder without a model",
+        building(model={"name_or_path": "{}", "tokenizer": "@model"}),
+        "dtype='float32'): ",
+    ),
+    ("attention of no kind", building(model={"attn_implementation": "falsh"}), "attn_implementation='falsh'): "),
+    (
+        "data that is not there",
+        building(data={"data_files": "{}/nowhere.jsonl"}),
+        "data (path='json', split='train'): File",
+    ),
+    (
+        "a format of no kind",
+        building(data={"path": "jsno", "data_files": None}),
+        "data (path='jsno', split='train'): ",
+    ),
+    (
+        "a split that is not there",
+        building(data={"split": "test"}),
+        "data (path='json', split='test'): ValueError: Unkn",
+    ),
+    ("JSON of nothing", building(""), "data (path='json', split='train'): "),
+    (
+        "no rows",
+        building("text\n", data={"path": "csv"}),
+        "data (path='csv', split='train'): ValueError: Instru",
+    ),
+    (
+        "text in another column",
+        building(data={"text_column": "body"}),
+        "data: ValueError: text_column='body' is no colu",
+    ),
+    (
+        "a stream of texts",
+        building(data={"streaming": True}),
+        "data.streaming: a stream of texts cannot be packed. Leave",
+    ),
+    (
+        "texts too short",
+        building(pack={"block_size": 99}),
+        "data: ValueError: block_size=99, but all documents togeth",
     ),
 )
 
@@ -746,9 +1064,145 @@ def raw() -> Dataset:
     return Dataset.from_dict({"text": ["raw"]})
 
 
+def frame(number: int = 8) -> Any:
+    return old_rows(number).to_pandas()
+
+
+def listed_rows(*ids: Any, **more: Any) -> Callable[[], Dataset]:
+    """Rows with `ids` as they are, and labels that are the same unless given."""
+    return lambda: Dataset.from_dict({"input_ids": list(ids), "labels": list(ids), **more})
+
+
+def late_id(folder: Path) -> Act:
+    """A token that the model does not have, in a row that no check looks at."""
+    made = new_rows(1500).to_list()
+    unseen = next(row for row in range(24) if row not in sample_rows(1500))
+    made[unseen]["input_ids"][3] = 90
+    trainer = tiny.trainer(folder / "output", data=Dataset.from_list(made))
+    return extend(trainer, ReplayCallback(old_rows(), ratio=0.25), plan=PlanConfig(order="original")).train
+
+
+def learned_positions(make: Callable[[], Any], **arguments: Any) -> Prepare:
+    """`extend` of a GPT-2 with a table of 32 positions."""
+
+    def prepare(folder: Path) -> Act:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2))
+        data = arguments.get("data", new_rows)()
+        made = Trainer(model, tiny.arguments(folder / "output"), default_data_collator, data)
+        return partial(extend, made, make())
+
+    return prepare
+
+
+def ragged() -> Dataset:
+    return Dataset.from_list([*old_rows(4).to_list(), *old_rows(4, length=9).to_list()])
+
+
+def unheard() -> Dataset:
+    return Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4, "labels": [[-100] * 3] * 4})
+
+
+def shuffled_over() -> RewarmCallback:
+    return RewarmCallback(1e-2)
+
+
 add(
     "datasets",
     PluginError,
+    (
+        "training a table",
+        extending(shuffled_over, data=frame),
+        "train_dataset: is a DataFrame, whose rows cannot be loo",
+    ),
+    (
+        "training of splits",
+        replaying(data=lambda: DatasetDict(train=new_rows())),
+        "train_dataset: is a DatasetDict, whos",
+    ),
+    (
+        "replay a table",
+        replaying(frame),
+        "replay: the replay data is a DataFrame, whose rows cannot be looked up by n",
+    ),
+    (
+        "held-out a table",
+        probing(frame),
+        "forgetting[old]: is a DataFrame, whose rows cannot be looked up by number. ",
+    ),
+    (
+        "held-out a path",
+        probing(lambda: "held_out.jsonl"),
+        "forgetting[old]: is a str, whose rows cannot be looked up",
+    ),
+    (
+        "training without rows, probed",
+        probing(old_rows, data=lambda: new_rows().select([])),
+        "the train_dataset is empt",
+    ),
+    (
+        "training with None",
+        extending(shuffled_over, data=listed_rows([1, None], [2, 3])),
+        "holds None among its input_i",
+    ),
+    (
+        "training of None",
+        extending(shuffled_over, data=listed_rows(None, [2, 3])),
+        "holds None instead of input_ids. T",
+    ),
+    (
+        "training of floats",
+        extending(shuffled_over, data=listed_rows([1.5, 2.0])),
+        "holds input_ids of double instead",
+    ),
+    ("training of text", extending(shuffled_over, data=listed_rows(["a", "b"])), "holds input_ids of string instead"),
+    (
+        "a list of floats",
+        extending(shuffled_over, data=lambda: listed_rows([1.5])().to_list()),
+        "of float64 instead of",
+    ),
+    (
+        "training of no tokens",
+        extending(shuffled_over, data=listed_rows([], [])),
+        "holds rows without a token only. To",
+    ),
+    (
+        "training ids too large",
+        extending(shuffled_over, data=listed_rows([1, 64])),
+        "train_dataset: holds token ids 1",
+    ),
+    (
+        "labels too large",
+        extending(shuffled_over, data=listed_rows([1, 2], labels=[[1, 64]])),
+        "train_dataset: holds the label 64 in row 0, but the model has 64 outputs. Labels are token ids below 64, or",
+    ),
+    (
+        "labels of None",
+        extending(shuffled_over, data=listed_rows([1, 2], labels=[[1, None]])),
+        "None among its labels",
+    ),
+    ("replay with None", replaying(listed_rows([1, None])), "replay: the replay data holds None among its input_ids"),
+    ("replay of floats", replaying(listed_rows([1.5])), "replay: the replay data holds input_ids of double instead"),
+    (
+        "held-out with None",
+        probing(listed_rows([1, None])),
+        "forgetting[old]: holds None among its input_ids. Tokenize",
+    ),
+    ("held-out of two lengths", probing(ragged), "forgetting[old]: its rows cannot be collated (ValueError: "),
+    (
+        "held-out without loss",
+        probing(unheard),
+        "asks for no loss: all labels of the 4 rows that a probe reads are -100",
+    ),
+    (
+        "training longer than the positions",
+        learned_positions(shuffled_over, data=lambda: new_rows(length=40)),
+        "train_dataset: holds rows of 40 tokens, but the model has 32 positions. Cut it into rows of at most 32",
+    ),
+    (
+        "held-out longer than the positions",
+        learned_positions(lambda: ForgettingCallback({"old": old_rows(length=40)})),
+        "forgetting[old]: holds rows of 40 tokens, but the model has 32 positions",
+    ),
     ("replay empty", replaying(lambda: old_rows().select([])), "replay: the replay data is empty. Pass old data, or"),
     ("replay of splits", replaying(lambda: DatasetDict(train=old_rows())), "is a DatasetDict, whose rows cannot be"),
     ("replay a path", replaying(lambda: "old.jsonl"), "the replay data is a str, whose rows cannot be looked up by"),
@@ -788,7 +1242,7 @@ add(
     (
         "tokens of no rows",
         replaying(lambda: Dataset.from_dict({"input_ids": [[], []], "labels": [[], []]}), unit="tokens"),
-        "replay: source 'replay': shares in tokens need to know how many tokens a row holds. Change that setting.",
+        "replay: the replay data holds rows without a token only. Tokenize its texts.",
     ),
     (
         "no training data",
@@ -939,6 +1393,17 @@ add(
     ),
     ("block_size", packing(block_size=1), "block_size must be an integer from 2 on, got 1"),
     ("seed of packing", packing(seed=-1), "seed must be an integer from 0 on or None, got -1"),
+    (
+        "block_size endless",
+        packing(block_size=10**12, remainder="pad"),
+        "block_size must be an integer from 2 to 16,777,2",
+    ),
+    (
+        "processes without end",
+        packing(num_proc=10**6),
+        "num_proc must be an integer from 1 to 1,024 or None, got 1000000",
+    ),
+    ("documents with None", packing(listed([[1, None]] * 4)), "column 'input_ids' has None among its token ids. Take"),
     ("isolate", packing(isolate="yes"), "isolate must be True or False, got 'yes'"),
     ("remainder", packing(remainder="keep"), "remainder must be 'drop' or 'pad', got 'keep'"),
     ("blocks of the demo", call(blocks, [[1, 2]], 5), "2 tokens do not fill a block of block_size=5"),
@@ -1041,8 +1506,10 @@ def another(kind: str) -> Prepare:
     def prepare(folder: Path) -> Act:
         other: Any = train_tokenizer(["der Hund sah den Hund"], vocab_size=260)
         trainer = tiny.trainer(folder / "output", data=new_rows())
-        trainer.processing_class = words()
-        if kind == "folder":
+        trainer.processing_class = None if kind == "alone" else words()
+        if kind == "nowhere":
+            other = "/nowhere/tokenizer"
+        elif kind == "folder":
             other.save_pretrained(folder / "tokenizer")
             other = str(folder / "tokenizer")
         elif kind == "processor":
@@ -1069,6 +1536,16 @@ LOAD = "Load it with AutoTokenizer.from_pretrained"
 add(
     "tokenizers",
     PluginError,
+    (
+        "of old data nowhere",
+        another("nowhere"),
+        "replay: tokenizer='/nowhere/tokenizer' cannot be compared with the Tra",
+    ),
+    (
+        "of old data, and none of the Trainer",
+        another("alone"),
+        "cannot be compared: the Trainer has no processing_class",
+    ),
     ("of old data another", another("object"), MADE_BY),
     ("of old data another, from a folder", another("folder"), MADE_BY),
     ("of old data another, in a processor", another("processor"), MADE_BY),
@@ -1089,6 +1566,21 @@ add(
 add(
     "tokenizers",
     ValueError,
+    (
+        "of old data a number",
+        replay(tokenizer=5),
+        "tokenizer must be a tokenizer, or the folder or name of one, got 5",
+    ),
+    (
+        "of old data a dict",
+        replay(tokenizer={"a": 0}),
+        "tokenizer must be a tokenizer, or the folder or name of one, g",
+    ),
+    (
+        "of old data no name",
+        replay(tokenizer=""),
+        "tokenizer must be a tokenizer, or the folder or name of one, got ''",
+    ),
     (
         "without an end",
         packing(tokenizer=without_end),
@@ -1122,12 +1614,8 @@ add(
     ),
     (
         "of larger ids, in training",
-        lambda folder: (
-            extend(
-                tiny.trainer(folder / "output", ReplayCallback(old_rows(), ratio=0.25), data=new_rows(low=90, high=99))
-            ).train
-        ),
-        "but the model has 64 embeddings. It was drawn from train, rows",
+        late_id,
+        "a batch holds token id 90, but the model has 64 embeddings. It was drawn from train, rows",
     ),
 )
 
@@ -1254,6 +1742,58 @@ def all_saved_by_the_host(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint / STATE_FOLDER)
 
 
+def resuming(given: Any, output: Any = "output") -> Prepare:
+    """A resume from what is no path."""
+    return lambda folder: partial(resolve, given, folder / output)
+
+
+def linked_in_a_circle(folder: Path) -> Act:
+    (folder / "loop").symlink_to("loop")
+    return partial(resolve, str(folder / "loop"), folder)
+
+
+def linked_to(target: str | None) -> Callable[[Path], Any]:
+    """The state is a link, or a pipe."""
+
+    def damage(checkpoint: Path) -> None:
+        (checkpoint / STATE_FILE).unlink()
+        if target is None:
+            os.mkfifo(checkpoint / STATE_FILE)
+        else:
+            (checkpoint / STATE_FILE).symlink_to(target)
+
+    return damage
+
+
+def empty_by_its_size(checkpoint: Path) -> None:
+    """A link to what says that it has no bytes, and gives some: a hash of none is taken."""
+    (checkpoint / "optimizer.pt").unlink()
+    (checkpoint / "optimizer.pt").symlink_to("/proc/self/cmdline")
+    manifest(files={"optimizer.pt": {"size": 0, "xxh3_128": "0" * 32}})(checkpoint)
+
+
+def vouched(damage: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    """Damage before the hashes are taken: the manifest fits it."""
+
+    def again(checkpoint: Path) -> None:
+        damage(checkpoint)
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+        write_state(checkpoint, state)
+
+    return again
+
+
+def state(**changes: Any) -> Callable[[Path], Any]:
+    """Another state under a manifest that fits it."""
+
+    def damage(checkpoint: Path) -> None:
+        saved = json.loads((checkpoint / STATE_FILE).read_text())
+        write_state(checkpoint, {**saved, **changes})
+
+    return damage
+
+
+WRONG_STATE = f"{STATE_FILE} of "
 OUTSIDE = {"size": 7, "xxh3_128": "0" * 32}
 NOT_THE_RUN = "the run would not be the one that was interrupted. Changed:\n  "
 
@@ -1313,6 +1853,64 @@ add(
     ("a file linked to no end", saved(linked_outside), "checkpoint-2: optimizer.pt is missing. There is no complete"),
     ("state altered", saved(write(STATE_FILE, b'{\n "step": 3\n}')), f"{STATE_FILE} was altered (its hash differs)"),
     ("state no object", saved(write(STATE_FILE, b"[1]"), read_state), f"{STATE_FILE} does not hold an object"),
+    (
+        "a number",
+        resuming(5),
+        "resume_from_checkpoint must be the folder of a checkpoint, or True for the newest compl",
+    ),
+    ("one", resuming(1), "or True for the newest complete one, got 1"),
+    ("bytes", resuming(b"x"), "or True for the newest complete one, got b'x'"),
+    ("a list", resuming([]), "or True for the newest complete one, got []"),
+    ("empty text", resuming(""), "or True for the newest complete one, got ''"),
+    ("NUL in its name", resuming("a\0b"), "cannot resume from 'a\\x00b': there is no such folder."),
+    ("a name too long", resuming("x" * 5000), "xxx': there is no such folder. There is no complete checkpoint."),
+    ("a link to itself", linked_in_a_circle, "loop: there is no such folder. There is no complete checkpoint."),
+    ("an output_dir too long", resuming(True, "x" * 5000), "it holds no checkpoints"),
+    ("state a pipe", saved(linked_to(None), read_state), f"{WRONG_STATE}"),
+    (
+        "state without end",
+        saved(linked_to("/dev/zero"), read_state),
+        "(FileNotFoundError: there is no such file): it was",
+    ),
+    ("state torn", saved(write(STATE_FILE, b'{"step": 2'), read_state), "cannot be used (JSONDecodeError: Expecting"),
+    ("state of bytes", saved(write(STATE_FILE, b"\xff"), read_state), "cannot be used (UnicodeDecodeError: "),
+    ("more behind a link than it says", saved(empty_by_its_size), "optimizer.pt was altered (its hash differs)"),
+    ("state of another step", resumed(state(step=3)), "(ValueError: it is of step 3, trainer_state.json of step 2)"),
+    ("state of a step as text", resumed(state(step="2")), "it is of step '2', trainer_state.json of step 2"),
+    (
+        "state of fewer counts",
+        resumed(state(counts=[[1, 2, 3, 4, 5]])),
+        "its counts are not 5 for each source, got [[",
+    ),
+    ("state of counts as text", resumed(state(counts="many")), f"{WRONG_STATE}"),
+    ("state without log sums", resumed(state(log_sums=None)), "cannot be used (TypeError: 'NoneType' object is not"),
+    (
+        "state of a torn stream",
+        resumed(state(streams={"train": {"number": -1, "digests": []}})),
+        "which are no row num",
+    ),
+    ("state of torn segments", resumed(state(segments=[[1]])), "cannot be used (ValueError: not enough values to unp"),
+    ("state of torn plug-ins", resumed(state(plugins=[])), "cannot be used (AttributeError: 'list' object has no att"),
+    ("junk as optimizer", resumed(vouched(write("optimizer.pt", b"junk"))), "optimizer.pt or scheduler.pt of "),
+    ("junk as scheduler", resumed(vouched(write("scheduler.pt", b"junk"))), "optimizer.pt or scheduler.pt of "),
+    ("junk as random state", resumed(vouched(write("rng_state.pth", b"junk"))), "rng_state.pth of "),
+    ("junk as weights", resumed(vouched(write("model.safetensors", b"junk"))), "the weights of "),
+    ("junk as the host's state", resumed(vouched(write("trainer_state.json", b"junk"))), "trainer_state.json of "),
+    (
+        "optimizer that nobody vouches for",
+        resumed(manifest(files={"optimizer.pt": None})),
+        "its manifest does not list optimizer.*, without which the run would not go on as it was.",
+    ),
+    (
+        "without a schedule",
+        resumed(vouched(remove("scheduler.pt"))),
+        "its manifest does not list scheduler.pt, without",
+    ),
+    (
+        "without a random state",
+        resumed(vouched(remove("rng_state.pth"))),
+        "its manifest does not list rng_state*.pth,",
+    ),
     ("newest of none", newest(), "no complete checkpoint to resume from in "),
     (
         "newest of damaged ones",

@@ -1,8 +1,15 @@
-"""Two gloo ranks through torchrun against one process with the same global batch: samples, losses, counts, resumes."""
+"""Two gloo ranks through torchrun against one process with the same global batch: samples, losses, counts, resumes.
+
+DDP, FSDP2 (a model sharded while it is loaded), and DeepSpeed's ZeRO-2 and ZeRO-3 where deepspeed is installed:
+`make test-distributed` does that, `make deepspeed` puts it into the environment.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +19,34 @@ import distributed_worker
 import pytest
 import torch
 
+from hf_pretrain_ext.checkpoint import find_faults
+
 pytestmark = pytest.mark.distributed
 
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: make deepspeed"
+)
+WHERE = ["ddp", "fsdp2", *(pytest.param(where, marks=needs_deepspeed) for where in ("zero2", "zero3"))]
+RESUMABLE = ["ddp", *(pytest.param(w, marks=[needs_deepspeed, pytest.mark.slow]) for w in ("zero2", "zero3"))]
 
-def launch(folder: Path, name: str, batch: int, steps: int, resume_from: Path | None = None) -> list[dict[str, Any]]:
+
+def start(folder: Path, name: str, where: str, ranks: int = 2, **arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command += [distributed_worker.__file__, str(folder / name), str(folder / f"{name}-out"), where]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([*command, json.dumps(arguments)], capture_output=True, text=True, env=environment)
+    (folder / f"{name}.log").write_text(done.stdout + done.stderr)
+    return done
+
+
+def launch(folder: Path, name: str, where: str = "ddp", **arguments: Any) -> list[dict[str, Any]]:
     """Trains on two ranks in `folder`/`name`; what each rank saw."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [distributed_worker.__file__, str(folder / name), str(folder / f"{name}-out"), str(batch), str(steps)]
-    if resume_from is not None:
-        command.append(str(resume_from))
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"{name}-out-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    done = start(folder, name, where, **arguments)
+    found = [folder / f"{name}-out-{rank}.pt" for rank in (0, 1)]
+    # Under DeepSpeed a process may abort at its exit, with all done and written.
+    complete = all(path.is_file() for path in found)
+    assert complete and (done.returncode == 0 or where.startswith("zero")), done.stderr[-4000:]
+    return [torch.load(path, weights_only=True) for path in found]
 
 
 @pytest.fixture(scope="module")
@@ -33,53 +56,168 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> dict[str, Any]:
-    return distributed_worker.run(folder / "one", batch=8, steps=6)[1]
+    return distributed_worker.run(folder / "one")[1]
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path) -> list[dict[str, Any]]:
-    return launch(folder, "two", batch=4, steps=6)
+def runs(folder: Path) -> Any:
+    """The run on two ranks, made once for each way to share a model."""
+    made: dict[str, list[dict[str, Any]]] = {}
+
+    def run(where: str) -> list[dict[str, Any]]:
+        if where not in made:
+            made[where] = launch(folder, where, where)
+        return made[where]
+
+    return run
 
 
 def joined(ranks: list[dict[str, Any]], step: int) -> torch.Tensor:
     return torch.cat([rank["rows"][step] for rank in ranks])
 
 
-def test_two_ranks_see_the_samples_of_one(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("where", WHERE)
+def test_two_ranks_see_the_samples_of_one_and_train_as_one(where: str, one: dict[str, Any], runs: Any) -> None:
+    """Samples and counts exactly; losses, weights, probes within float tolerance; ranks alike bit for bit."""
+    two = runs(where)
     assert [rank["world"] for rank in two] == [2, 2]
-    for step in range(6):
-        assert torch.equal(joined(two, step), one["rows"][step])
-
-
-def test_two_ranks_train_as_one(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    """Losses, weights, probes within float tolerance; counts over all ranks exactly; ranks alike bit for bit."""
+    assert all(torch.equal(joined(two, step), one["rows"][step]) for step in range(6))
+    assert two[0]["counts"] == two[1]["counts"] == one["counts"]
+    assert len(two[0]["log"]) == 6
     for ours, theirs in zip(two[0]["log"], one["log"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    gaps = torch.cat([(two[0]["weights"][k] - v).abs().flatten() for k, v in one["weights"].items()])
+        assert ours["learning_rate"] == theirs["learning_rate"]
+    # DeepSpeed's names leave out weights that are tied to others.
+    gaps = torch.cat([(weight - one["weights"][name]).abs().flatten() for name, weight in two[0]["weights"].items()])
+    assert {*one["weights"], *two[0]["weights"]} - {*two[0]["weights"]} <= {"lm_head.weight"}
     assert float(gaps.max()) < 2e-4 and float(gaps.mean()) < 2e-6
     assert all(torch.equal(two[0]["weights"][k], v) for k, v in two[1]["weights"].items())
-    assert two[0]["counts"] == one["counts"]
+    assert len(one["losses"]) == 7 and two[0]["losses"] == two[1]["losses"]
     assert two[0]["losses"] == pytest.approx(one["losses"], rel=1e-5)
 
 
-def test_resume_on_two_ranks_is_bit_exact(folder: Path, two: list[dict[str, Any]]) -> None:
-    resumed = launch(folder, "two-resumed", 4, 6, folder / "two" / "checkpoint-3")
+@pytest.mark.parametrize("where", RESUMABLE)
+def test_resume_on_two_ranks_is_bit_exact(where: str, folder: Path, runs: Any) -> None:
+    two = runs(where)
+    resumed = launch(folder, f"{where}-resumed", where, resume_from=str(folder / where / "checkpoint-3"))
     for rank in (0, 1):
         assert sorted(resumed[rank]["rows"]) == [3, 4, 5]
         assert all(torch.equal(resumed[rank]["weights"][k], v) for k, v in two[rank]["weights"].items())
         assert all(torch.equal(resumed[rank]["rows"][step], two[rank]["rows"][step]) for step in (3, 4, 5))
-        assert resumed[rank]["counts"] == two[rank]["counts"]
-        assert resumed[rank]["losses"] == two[rank]["losses"]
+        for part in ("counts", "losses", "log"):
+            assert resumed[rank][part] == two[rank][part], part
 
 
-def test_one_rank_goes_on_as_two_and_two_as_one(folder: Path, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    more = launch(folder, "one-to-two", 4, 6, folder / "one" / "checkpoint-3")
+def test_one_rank_goes_on_as_two_and_two_as_one(folder: Path, one: dict[str, Any], runs: Any) -> None:
+    runs("ddp")
+    more = launch(folder, "one-to-two", resume_from=str(folder / "one" / "checkpoint-3"))
     for step in (3, 4, 5):
         assert torch.equal(joined(more, step), one["rows"][step])
-    fewer = distributed_worker.run(folder / "two-to-one", 8, 6, str(folder / "two" / "checkpoint-3"))[1]
+    fewer = distributed_worker.run(folder / "two-to-one", resume_from=str(folder / "ddp" / "checkpoint-3"))[1]
     for step in (3, 4, 5):
         assert torch.equal(fewer["rows"][step], one["rows"][step])
     assert more[0]["counts"] == fewer["counts"] == one["counts"]
+
+
+def test_fsdp2_checkpoints_are_no_resume_and_say_so(folder: Path, runs: Any) -> None:
+    """The host saves no optimizer state for a model that was sharded while it was loaded."""
+    runs("fsdp2")
+    assert "optimizer state, so that this run cannot be resumed" in (folder / "fsdp2.log").read_text()
+    saved = folder / "fsdp2" / "checkpoint-3"
+    assert find_faults(saved) == [] and (saved / "model.safetensors").is_file()
+    with pytest.raises(
+        ValueError, match="as the host saves every model that is sharded while it is loaded: it has no"
+    ):
+        distributed_worker.run(folder / "fsdp2-on-one", resume_from=str(saved))
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["zero2", "zero3"])
+def test_zero_checkpoints_are_watched_file_by_file(where: str, folder: Path, runs: Any, tmp_path: Path) -> None:
+    runs(where)
+    shutil.copytree(folder / where / "checkpoint-3", tmp_path / "checkpoint-3")
+    assert find_faults(tmp_path / "checkpoint-3") == []
+    shard = "global_step3/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    (tmp_path / "checkpoint-3" / shard).unlink()
+    assert find_faults(tmp_path / "checkpoint-3") == [f"{shard} is missing"]
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_a_zero_checkpoint_is_refused_where_its_shards_do_not_fit(folder: Path, runs: Any) -> None:
+    """The host would go on without optimizer state on DDP, DeepSpeed would fail later on another number of ranks."""
+    runs("zero2")
+    saved = str(folder / "zero2" / "checkpoint-3")
+    with pytest.raises(ValueError, match="sharding: 'zero2 on 2 ranks' → None"):
+        distributed_worker.run(folder / "zero2-on-one", resume_from=saved)
+    arguments = {"resume_from": saved, "per_device_train_batch_size": 8}
+    done = start(folder, "zero2-on-one-rank", "zero2", ranks=1, **arguments)
+    assert done.returncode and "sharding: 'zero2 on 2 ranks' → 'zero2 on 1 rank'" in done.stderr
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_a_zero_checkpoint_on_sigterm_is_the_end_of_its_step(folder: Path, runs: Any) -> None:
+    """DeepSpeed has updated the weights by the moment that the host saves at: the step is finished, then saved."""
+    whole = runs("zero2")
+    stopped = launch(folder, "zero2-sigterm", "zero2", save_inside=4, save_steps=100)
+    assert [rank["step"] for rank in stopped] == [5, 5]
+    assert [path.name for path in (folder / "zero2-sigterm").glob("checkpoint-*")] == ["checkpoint-5"]
+    saved = str(folder / "zero2-sigterm" / "checkpoint-5")
+    resumed = launch(folder, "zero2-sigterm-resumed", "zero2", resume_from=saved)
+    for rank in (0, 1):
+        assert all(torch.equal(resumed[rank]["weights"][k], v) for k, v in whole[rank]["weights"].items())
+        assert resumed[rank]["counts"] == whole[rank]["counts"] and resumed[rank]["losses"] == whole[rank]["losses"]
+
+
+REFUSED_UNDER_ZERO = """
+import sys
+sys.path.insert(0, {tests!r})
+import distributed_worker, settings, tiny
+from hf_pretrain_ext import extend
+
+def refusal(on_nonfinite=None, **more):
+    config = {{**distributed_worker.zero(2), **more}}
+    trainer = tiny.trainer({folder!r}, *settings.make(settings.TOGETHER), deepspeed=config)
+    try:
+        extend(trainer, on_nonfinite=on_nonfinite)
+    except ValueError as error:
+        return str(error)
+
+print("1:", refusal(scheduler={{"type": "WarmupLR", "params": {{}}}}))
+print("2:", refusal(on_nonfinite="skip"))
+print("3:", refusal())
+"""
+
+
+@needs_deepspeed
+def test_what_deepspeed_would_take_over_is_refused(tmp_path: Path) -> None:
+    script = tmp_path / "refused.py"
+    script.write_text(REFUSED_UNDER_ZERO.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "out")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    assert "1: 1 problem with the plug-ins" in done.stdout, done.stderr[-3000:]
+    assert "rewarm: the DeepSpeed settings have a 'scheduler' of their own, which would win" in done.stdout
+    assert "on_nonfinite: 'skip' would leave out an update that DeepSpeed makes in the backward pass" in done.stdout
+    assert "3: None" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_stream_as_training_data_on_two_ranks(folder: Path) -> None:
+    """The rows of one process, and a bit-exact resume: every rank reads the whole stream and keeps its own rows."""
+    arguments = {"streamed": True, "plugins": ("replay-stream", "rewarm"), "dataloader_num_workers": 1}
+    one = distributed_worker.run(folder / "stream-one", **arguments)[1]
+    two = launch(folder, "stream-two", **arguments)
+    assert all(torch.equal(joined(two, step), one["rows"][step]) for step in range(6))
+    assert two[0]["counts"] == one["counts"]
+    saved = str(folder / "stream-two" / "checkpoint-3")
+    resumed = launch(folder, "stream-resumed", resume_from=saved, **arguments)
+    for rank in (0, 1):
+        assert sorted(resumed[rank]["rows"]) == [3, 4, 5]
+        assert all(torch.equal(resumed[rank]["rows"][step], two[rank]["rows"][step]) for step in (3, 4, 5))
+        assert all(torch.equal(resumed[rank]["weights"][k], v) for k, v in two[rank]["weights"].items())
+        assert resumed[rank]["counts"] == two[rank]["counts"]
 
 
 def test_accelerate_that_starts_one_process_is_noticed(tmp_path: Path) -> None:

@@ -45,35 +45,7 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 SECONDS = 5
-
-# Errors that come through as they are, by type and text: each is a fault to be mended, and then goes from here.
-OPEN: tuple[tuple[type[Exception], str], ...] = (
-    # YAML: bytes that are no UTF-8, keys that cannot be keys, nesting, tags and dates that say what is not there.
-    (UnicodeDecodeError, "codec can't decode"),
-    (TypeError, "unhashable type"),
-    (TypeError, "cannot unpack non-iterable ScalarNode"),
-    (RecursionError, "maximum recursion depth exceeded"),
-    (ValueError, "invalid literal for int()"),
-    (ValueError, "could not convert string to float"),
-    (ValueError, "must be in "),
-    (ValueError, "is out of range for month"),
-    (KeyError, ""),
-    (AttributeError, "'NoneType' object has no attribute 'groupdict'"),
-    (IndexError, "string index out of range"),
-    # Of a change (`--set`), which says nothing of YAML.
-    (yaml.parser.ParserError, ""),
-    (yaml.scanner.ScannerError, ""),
-    (yaml.reader.ReaderError, ""),
-    (yaml.constructor.ConstructorError, ""),
-    # Numbers too large for a float, or for Python to read.
-    (OverflowError, "int too large to convert to float"),
-    (OverflowError, "cannot convert float infinity to integer"),
-    (ValueError, "Exceeds the limit (4300 digits)"),
-    # A state that is not JSON, and paths that no system could have.
-    (json.JSONDecodeError, ""),
-    (ValueError, "embedded null byte"),
-    (OSError, "File name too long"),
-)
+LONGEST_MESSAGE = 20_000
 
 
 class Hangs(BaseException):
@@ -97,16 +69,13 @@ def in_time() -> Iterator[None]:
 
 
 def ends(act: Callable[[], Any], error: type[Exception]) -> Any:
-    """What `act` returns, `error` if it was raised, `OPEN` for one of those; any other fails the test."""
+    """What `act` returns, `error` if it was raised; any other fails the test."""
     with in_time():
         try:
             return act()
         except error as raised:
-            assert type(raised) is error and str(raised)
+            assert type(raised) is error and str(raised) and len(str(raised)) < LONGEST_MESSAGE
             return error
-        except Exception as raised:
-            assert any(type(raised) is kind and text in str(raised) for kind, text in OPEN), repr(raised)
-            return OPEN
 
 
 @contextmanager
@@ -126,7 +95,6 @@ FULL = json.loads(
                 "split": "train",
                 "data_files": ["x"],
                 "streaming": False,
-                "weight": 1.0,
             },
             eval_data={"path": "json", "text_column": "text"},
             trainer="trainer",
@@ -153,7 +121,7 @@ def loads(content: bytes, *changes: str) -> None:
         path.write_bytes(content)
         with watched() as seen:
             made = ends(lambda: load_recipe(path, changes), RecipeError)
-        assert made is RecipeError or made is OPEN or isinstance(made, Recipe)
+        assert made is RecipeError or isinstance(made, Recipe)
         assert not [name for name, writes in seen if writes and "__pycache__" not in name]
         assert sorted(folder.iterdir()) == [path]
 
@@ -313,6 +281,12 @@ def places(content: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tupl
             yield from places(value, (*path, key))
 
 
+def test_the_recipe_with_almost_every_key_is_right() -> None:
+    with scratch() as folder:
+        (folder / "recipe.yaml").write_bytes(_dumped(FULL))
+        assert isinstance(load_recipe(folder / "recipe.yaml"), Recipe)
+
+
 @pytest.mark.parametrize("path", list(places(FULL)), ids=".".join)
 def test_recipes_with_odd_values(path: tuple[str, ...]) -> None:
     """Every key of a recipe that has them all, with every odd value."""
@@ -423,12 +397,11 @@ def looks_at(checkpoint: Path) -> None:
         faults = ends(lambda: find_faults(checkpoint), CheckpointError)
         newest = ends(lambda: resolve(True, checkpoint.parent), CheckpointError)
         named = ends(lambda: resolve(str(checkpoint), checkpoint.parent), CheckpointError)
-        regular = (checkpoint / STATE_FILE).is_file()  # a pipe would be waited for: only a complete one is read
-        state = ends(lambda: read_state(checkpoint), CheckpointError) if regular else CheckpointError
+        state = ends(lambda: read_state(checkpoint), CheckpointError)
         assert newest_of(checkpoint.parent)[0] == (None if faults else checkpoint)
     assert isinstance(faults, list) and all(isinstance(fault, str) and fault for fault in faults)
     assert (newest is CheckpointError) == (named is CheckpointError) == bool(faults)
-    assert state is CheckpointError or state is OPEN or isinstance(state, dict)
+    assert state is CheckpointError or isinstance(state, dict)
     for name, writes in seen:
         path = Path(name).absolute()
         assert not writes and path.is_relative_to(checkpoint) and ".." not in path.parts
@@ -492,4 +465,4 @@ def test_paths_of_anything(prefix: str, text: str) -> None:
             found = [ends(partial(resolve, name, folder), CheckpointError)]
             found += [ends(partial(function, name), CheckpointError) for function in (find_faults, newest_of)]
         expected = [CheckpointError, ["there is no such folder"], (None, [])]
-        assert all(one is OPEN or one == right for one, right in zip(found, expected, strict=True)) and not seen
+        assert found == expected and not seen

@@ -57,6 +57,7 @@ SIGNATURES = {
     "Trainer._get_grad_norm": ["model", "grad_norm"],
     "Trainer._hp_search_setup": ["trial"],
     "Trainer._load_best_model": [],
+    "Trainer._load_optimizer_and_scheduler": ["checkpoint"],
     "Trainer._load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "Trainer._load_rng_state": ["checkpoint"],
     "Trainer._save_checkpoint": ["model", "trial"],
@@ -77,6 +78,7 @@ ATTRIBUTES = {
     "Trainer": {
         "_loss_shifts_labels",
         "_created_lr_scheduler",
+        "_eval_dataloaders",
         "_globalstep_last_logged",
         "_tr_loss",
         "_train_batch_size",
@@ -149,8 +151,12 @@ def test_methods_that_we_override_or_call(method: str, expected: list[str]) -> N
 
 def test_attributes_of_a_trainer(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, gradient_accumulation_steps=2)
-    for name in ATTRIBUTES["Trainer"] - {"_globalstep_last_logged", "_tr_loss"}:  # made by train()
+    made_later = {"_globalstep_last_logged", "_tr_loss", "_eval_dataloaders"}
+    for name in ATTRIBUTES["Trainer"] - made_later:
         assert hasattr(trainer, name), name
+    # Made where workers are to outlive an evaluation, which would start some here.
+    assert "self._eval_dataloaders[" in inspect.getsource(Trainer)
+    assert hasattr(DataLoader([1]), "_iterator")
     assert _host.train_batch_size(trainer) == 4 and trainer.get_total_train_batch_size(trainer.args) == 8
     assert isinstance(trainer.callback_handler.callbacks, list)
     assert trainer.control.should_log is False and trainer.is_in_train is False

@@ -136,6 +136,25 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], message: str, world: Pa
     assert message in str(error.value) and str(path) in str(error.value)
 
 
+def test_data_that_is_torn_is_named(world: Path, tmp_path: Path) -> None:
+    """`datasets` says only that something went wrong; the error behind it is shown too."""
+    (tmp_path / "torn.jsonl").write_text('{"text": "a b"}\n{"text"\n')
+    content = recipe(world, tmp_path / "out", data={"path": "json", "data_files": str(tmp_path / "torn.jsonl")})
+    with pytest.raises(RecipeError, match=r"data \(path='json', split='train'\): DatasetGenerationError.*JSON"):
+        load_recipe(written(tmp_path / "r.yaml", content)).build()
+
+
+def test_what_is_right_stays_right(world: Path, tmp_path: Path) -> None:
+    """Sections with nothing behind their name, weights of sources, a stream of tokens, names that are numbers."""
+    held = {"path": "json", "data_files": str(world / "held.jsonl")}
+    content = recipe(world, tmp_path / "out", plan=None, eval_data=None)
+    content["replay"]["sources"] = {2023: {**held, "weight": 1}, "other": {**held, "weight": 3.0}}
+    content["training"]["report_to"] = ["none"]
+    made = load_recipe(written(tmp_path / "r.yaml", content), ["rewarm.warmup=1e-1", "forgetting="])
+    assert made.replay is not None and made.replay["weights"] == {"2023": 1.0, "other": 3.0}
+    assert made.plan is None and made.forgetting is None and made.rewarm == {"peak_lr": 1e-3, "warmup": 0.1}
+
+
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     for content, message in (
         ("a: [", "is not YAML"),

@@ -176,12 +176,12 @@ def test_sources_keep_their_names_and_passes(tmp_path: Path) -> None:
     [
         ({"a": 1}, "weights must name the datasets ['a', 'b'], got ['a']"),
         ({"a": 1, "b": 1, "c": 1}, "got ['a', 'b', 'c']"),
-        ({"a": 1, "b": 0}, "weights['b'] must be a positive number, got 0"),
+        ({"a": 1, "b": 0}, "weights['b'] must be a positive, finite number, got 0"),
         ({"a": 1, "b": -1}, "got -1"),
         ({"a": 1, "b": math.inf}, "got inf"),
         ({"a": 1, "b": math.nan}, "got nan"),
         ({"a": 1, "b": "1"}, "got '1'"),
-        ({"a": True, "b": 1}, "weights['a'] must be a positive number, got True"),
+        ({"a": True, "b": 1}, "weights['a'] must be a positive, finite number, got True"),
     ],
 )
 def test_wrong_weights_fail_at_construction(weights: dict[str, Any], message: str) -> None:

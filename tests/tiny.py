@@ -68,8 +68,9 @@ def trainer(
     output_dir: Any, *callbacks: Any, cls: type[Trainer] = Trainer, data: Any = None, **settings: Any
 ) -> Trainer:
     dropout, held_out = settings.pop("dropout", 0.0), settings.pop("eval_dataset", None)
+    given = settings.pop("model", None)
     return cls(
-        model=model(dropout),
+        model=model(dropout) if given is None else given,
         args=arguments(output_dir, **settings),
         train_dataset=rows(40) if data is None else data,
         eval_dataset=held_out,

@@ -1,4 +1,4 @@
-"""The command line: `hf-pretrain-ext demo | plan | train | report | plugins`."""
+"""The command line: `hf-pretrain-ext demo | plan | train | report | memory | kill-test | plugins`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _COMMANDS = {
     "plan": "what a recipe will do: learning rate, mixture, probes, steps and tokens, before training",
     "train": "train a recipe",
     "report": "one HTML page from the traces of runs",
+    "memory": "bytes that training a model takes with GradNormLoRP, beside other optimizers",
     "kill-test": "kill a recipe's run at random moments, and see that it comes to the same end",
     "plugins": "list the plug-ins that are installed, other packages' too",
 }
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "train": _train,
         "report": _report,
+        "memory": _memory,
         "kill-test": _kill_test,
         "plugins": _plugins,
     }[command]
@@ -80,6 +82,47 @@ def _plugins(arguments: list[str]) -> int:
     for name, plugin in installed_plugins().items():
         summary = (plugin.__doc__ or "").strip().splitlines()[0]
         print(f"{name:<12} {plugin.__module__}.{plugin.__qualname__}\n{'':<12} {summary}")
+    return 0
+
+
+def _memory(arguments: list[str]) -> int:
+    parser = _parser(
+        "memory",
+        "Bytes of weights, gradients and optimizer state, activations apart, of training a model: GradNormLoRP beside "
+        "other optimizers. Only the config is read.",
+    )
+    parser.add_argument("config", help="a folder or config.json, or a name on the Hub")
+    parser.add_argument("--rank", type=int, help="default: a quarter of the hidden size")
+    parser.add_argument("--bits", type=int, default=8, help="of the moments: 4, 8 or 32 (default: %(default)s)")
+    parser.add_argument(
+        "--projector-bits", type=int, default=8, help="of the projectors: 4, 8, 16 or 32 (default: %(default)s)"
+    )
+    parser.add_argument("--target-modules", nargs="+", help="names of the linear layers to project (default: all)")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    import torch
+    from transformers import AutoConfig
+
+    from hf_pretrain_ext.gradnormlorp import comparison_table
+
+    if options.config.count("/") != 1 and not Path(options.config).exists():
+        sys.exit(f"hf-pretrain-ext: {options.config} is no folder or file, nor a name on the Hub (owner/name)")
+    try:
+        config = AutoConfig.from_pretrained(options.config)
+        text = config.get_text_config()
+        lines = comparison_table(
+            config,
+            options.rank or text.hidden_size // 4,
+            options.bits,
+            options.projector_bits,
+            target_modules=options.target_modules or "all-linear",
+            dtype=getattr(torch, options.dtype),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"hf-pretrain-ext: {error}")
+    print("\n".join(lines))
     return 0
 
 

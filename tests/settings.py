@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import tiny
+from peft import LoraConfig
 
 from hf_pretrain_ext import TrainerPlugin
-from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
+from hf_pretrain_ext.callbacks import ForgettingCallback, GradNormLoRPCallback, ReplayCallback, RewarmCallback
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ def padded_data() -> Any:
 
 def stream(seed: int = 9) -> Any:
     return tiny.rows(50, seed=seed).to_iterable_dataset(num_shards=4)
+
+
+def dora() -> LoraConfig:
+    return LoraConfig(r=4, use_dora=True, target_modules="all-linear", init_lora_weights=True)
 
 
 ROWS = [
@@ -122,6 +127,27 @@ ROWS = [
         make=lambda: ReplayCallback(stream().shuffle(seed=1, buffer_size=6), ratio=0.25),
         wraps_plan=True,
         varied=(lambda: ReplayCallback(stream().shuffle(seed=2, buffer_size=6), ratio=0.25),),
+    ),
+    Row(
+        "gradnormlorp",
+        make=lambda: GradNormLoRPCallback(rank=4, update_proj_gap=2),
+        varied=(
+            lambda: GradNormLoRPCallback(rank=5, update_proj_gap=2),
+            lambda: GradNormLoRPCallback(rank=4, update_proj_gap=3),
+            lambda: GradNormLoRPCallback(rank=4, update_proj_gap=2, scale=0.5),
+            lambda: GradNormLoRPCallback(rank=4, update_proj_gap=2, norm="in"),
+            lambda: GradNormLoRPCallback(rank=4, update_proj_gap=2, norm=None),
+            lambda: GradNormLoRPCallback(rank=4, update_proj_gap=2, on_refresh="keep"),
+            lambda: GradNormLoRPCallback(rank=4, update_proj_gap=2, on_refresh="reset"),
+            lambda: GradNormLoRPCallback(rank=4, update_proj_gap=2, tangential=True),
+            lambda: GradNormLoRPCallback(rank=4, update_proj_gap=2, projector_bits=32),
+            lambda: GradNormLoRPCallback(rank=4, update_proj_gap=2, target_modules=["q_proj", "down_proj"]),
+        ),
+    ),
+    Row(
+        "gradnormlorp-dora",
+        make=lambda: GradNormLoRPCallback(rank=2, update_proj_gap=2, adapter=dora()),
+        varied=(lambda: GradNormLoRPCallback(rank=3, update_proj_gap=2, adapter=dora()),),
     ),
     Row("forgetting", make=lambda: ForgettingCallback({"old": tiny.rows(10, seed=9)}, every=2), observer=True),
 ]

@@ -21,7 +21,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 
 from hf_pretrain_ext import extend
 
-PLUGINS = ("rewarm", "replay", "replay-mixture", "replay-tokens", "replay-stream", "forgetting")
+PLUGINS = ("rewarm", "replay", "replay-mixture", "replay-tokens", "replay-stream", "forgetting", "gradnormlorp")
 IN_MAKE_TEST = ("Llama", "Gemma 2", "GPT-2", "GPT-NeoX", "Mixtral", "Mamba")
 MODELS: dict[str, Callable[[], Any]] = {
     **{name: (lambda name=name: architectures.build(name)) for name in architectures.CAUSAL},  # type: ignore[misc]
@@ -36,7 +36,7 @@ def cases() -> list[Any]:
         quick = name in IN_MAKE_TEST
         for plugin in PLUGINS:
             # In `make test` the six families take one plug-in that decides the order, and the others together.
-            marks = [] if quick and plugin in ("replay", "forgetting") else [pytest.mark.slow]
+            marks = [] if quick and plugin in ("replay", "forgetting", "gradnormlorp") else [pytest.mark.slow]
             found.append(pytest.param(name, plugin, marks=[pytest.mark.architectures, *marks]))
     return found
 

@@ -234,3 +234,24 @@ def test_accelerate_that_starts_one_process_is_noticed(tmp_path: Path) -> None:
         done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, env=dict(os.environ))
         assert done.returncode == 0, done.stderr[-2000:]
         assert ("asked for 2 processes and started one" in done.stderr) == said
+
+
+def test_projected_gradients_on_two_ranks(folder: Path) -> None:
+    """GradNormLoRP: ranks alike bit for bit, a resume too; one process within what signs of small gradients do."""
+    plugins = ["gradnormlorp"]
+    alone = distributed_worker.run(folder / "projected-one", plugins=tuple(plugins))[1]
+    two = launch(folder, "projected", plugins=plugins)
+    assert all(torch.equal(two[0]["weights"][k], v) for k, v in two[1]["weights"].items())
+    gaps = torch.cat([(weight - alone["weights"][name]).abs().flatten() for name, weight in two[0]["weights"].items()])
+    assert float(gaps.max()) < 2e-3 and float(gaps.mean()) < 1e-5
+    resumed = launch(folder, "projected-resumed", plugins=plugins, resume_from=str(folder / "projected/checkpoint-3"))
+    for rank in (0, 1):
+        assert all(torch.equal(resumed[rank]["weights"][k], v) for k, v in two[rank]["weights"].items())
+        assert resumed[rank]["log"] == two[rank]["log"]
+
+
+@pytest.mark.parametrize("where", ["fsdp2", *(pytest.param(w, marks=needs_deepspeed) for w in ("zero2", "zero3"))])
+def test_projected_gradients_refuse_what_is_sharded(where: str, folder: Path) -> None:
+    done = start(folder, f"projected-{where}", where, plugins=["gradnormlorp"])
+    assert done.returncode != 0
+    assert "gradnormlorp: " in done.stderr and "needs whole matrices" in done.stderr

@@ -191,6 +191,30 @@ def test_a_tokenizer_that_begins_documents_itself(model_dir: Path, tmp_path: Pat
     assert ids[0] == begin and ids[-1] == end and ids[ids.index(end) + 1] == begin
 
 
+# Low memory
+
+
+def test_low_memory_pretraining(model_dir: Path, texts: dict[str, list[str]], tmp_path: Path) -> None:
+    """bfloat16 weights, updated inside backward: what is saved has moved, and the trace holds bytes as planned."""
+    files = {"--texts": write(tmp_path, {"new": texts["new"]}, ".jsonl")["--new"]}
+    output = tmp_path / "out"
+    settings = {"rank": 4, "block_size": 32, "max_grad_norm": 0, "bf16": True, "gradient_checkpointing": True}
+    arguments = command_line(model_dir, output, files, **settings)
+    at = arguments.index("--replay_ratio")
+    del arguments[at : at + 2]
+    run_script("low_memory_pretraining.py", arguments, tmp_path / "cache")
+    trained, before = AutoModelForCausalLM.from_pretrained(output), AutoModelForCausalLM.from_pretrained(model_dir)
+    assert trained.dtype == before.dtype == torch.bfloat16
+    for (name, after), weight in zip(trained.named_parameters(), before.parameters(), strict=True):
+        assert not torch.equal(after, weight) and bool(after.isfinite().all()), name
+    trace = read_trace(output)
+    (memory,) = [line for line in trace if line["event"] == "memory"]
+    assert memory["state"] == memory["planned"] > 0
+    losses = [line["scalars"]["loss"] for line in trace if "loss" in line.get("scalars", {})]
+    norms = [line["scalars"]["grad_norm"] for line in trace if "grad_norm" in line.get("scalars", {})]
+    assert losses[-1] < losses[0] and all(norm > 0 for norm in norms)
+
+
 # SFT
 
 

@@ -68,7 +68,7 @@ test-architectures: $(STAMP) ## every plug-in on every family; writes docs/archi
 	$(BIN)/python tests/architectures.py .architectures.jsonl docs/architectures.md
 	rm -f .architectures.jsonl
 
-test-kill: $(STAMP) ## kill runs at random moments: KILLS=20 for each of six settings
+test-kill: $(STAMP) ## kill runs at random moments: KILLS=20 for each of seven settings
 	KILLS=$(KILLS) $(PYTEST) -s -m kill
 
 bench: $(STAMP) ## what the plug-ins cost per step

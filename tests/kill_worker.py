@@ -18,6 +18,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "tokens": (("rewarm", "replay-tokens", "forgetting"), {}),
     "stream": (("rewarm", "replay-stream"), {"dataloader_num_workers": 1}),
     "shuffled stream": (("replay-shuffled-stream", "forgetting"), {}),
+    "projected": (("rewarm", "replay", "forgetting", "gradnormlorp"), {}),
 }
 
 

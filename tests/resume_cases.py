@@ -58,6 +58,9 @@ CASES = [
     Case(("replay-tokens",), (3, 11), EPOCHS),
     Case(("replay-tokens", "forgetting"), (4,), {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2}),
     Case(("replay-stream",), (1, 13), {**EPOCHS, "dataloader_num_workers": 2}, rows=37),
+    Case(("gradnormlorp",), (1, 4)),
+    Case(("gradnormlorp", *settings.TOGETHER), (3,), {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2}),
+    Case(("gradnormlorp-dora", "replay"), (2, 12), EPOCHS),
     Case(("replay-stream", "rewarm"), (3,), {"bf16": True, "gradient_accumulation_steps": 2}),
     Case(("replay-shuffled-stream",), (4, 12), EPOCHS),
 ]

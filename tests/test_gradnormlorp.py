@@ -1054,3 +1054,21 @@ def test_every_parameter_is_in_one_group(family: str) -> None:
     for name, param in model.named_parameters():
         moved = not torch.equal(param, before[name])
         assert bool(param.isfinite().all()) and moved == (param.grad is not None and bool(param.grad.any())), name
+
+
+@pytest.mark.parametrize("nothing", [0.0, math.nan])
+def test_a_first_gradient_that_tells_nothing_is_no_reason_for_a_basis(nothing: float) -> None:
+    """The first gradient of a LoRA's A is zero: the basis comes from the first that is not, and lasts a gap."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(64, 48))
+    optimizer = GradNormLoRP([weight], lr=1e-2, rank=4, update_proj_gap=5, norm=None, projector_bits=32)
+    before, gradient = weight.detach().clone(), torch.randn(64, 4) @ torch.randn(4, 48)
+    weight.grad = torch.full_like(weight, nothing)
+    optimizer.step()
+    assert torch.equal(weight, before) and optimizer.state[weight]["refreshes"] == 0
+    for step in (1, 2):
+        weight.grad = gradient.clone()
+        optimizer.step()
+        basis = optimizer.state[weight]["basis"]
+        assert optimizer.state[weight]["refreshes"] == 1
+        assert captured_energy(gradient.T, basis) > 0.9999, step

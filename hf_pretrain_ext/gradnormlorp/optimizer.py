@@ -342,10 +342,11 @@ class GradNormLoRP(Optimizer):
                 gradient = torch.addcmul(gradient, weight, share, value=-1)
 
         if state["step"] >= state.get("next_refresh", 1):
-            # The one look from the host: a basis cannot be made of NaN. It is tried again at the next step.
-            if not bool(finite):
-                return
-            self._refresh(index, param, gradient.T if right else gradient, state, group)
+            # The one look from the host. Nothing can be learned from NaN, or from the zeros that the first gradient of
+            # a LoRA's A is: it is tried again at the next step.
+            telling = bool(finite & (gradient.count_nonzero() > 0))
+            if telling or "basis" not in state:
+                self._refresh(index, param, gradient.T if right else gradient, telling, state, group)
         basis = self._basis(state, param.shape[1] if right else param.shape[0], group)
         projected = gradient @ basis if right else basis.T @ gradient
         # Under bfloat16 a float32 copy, and no longer needed.
@@ -396,18 +397,24 @@ class GradNormLoRP(Optimizer):
             state["magnitude"] = torch.where(alive, magnitude.abs(), moved_length)
 
     def _refresh(
-        self, index: int, param: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
+        self,
+        index: int,
+        param: Tensor,
+        gradient: Tensor,
+        telling: bool,
+        state: dict[str, Any],
+        group: dict[str, Any],
     ) -> None:
-        """A new basis of the columns of `gradient`, `[side that is projected, other side]`."""
-        first, gap = "basis" not in state, group["update_proj_gap"]
+        """A new basis of the columns of `gradient`, `[side that is projected, other side]`; any unless `telling`."""
+        first, gap = not state.get("refreshes"), group["update_proj_gap"]
         before = None if first or group["on_refresh"] != "rotate" else self._basis(state, gradient.shape[0], group)
-        state["refreshes"] = state.get("refreshes", 0) + 1
+        state["refreshes"] = state.get("refreshes", 0) + telling
         generator = keyed_generator(gradient.device, group["seed"], index, state["refreshes"], _REFRESH)
-        basis = leading_basis(gradient, group["rank"], generator)
+        basis = leading_basis(gradient if telling else torch.zeros_like(gradient), group["rank"], generator)
         state["basis"], scale = encode_basis(basis, group["projector_bits"])
         if scale is not None:
             state["basis_scale"] = scale
-        state["next_refresh"] = state["step"] + (self._turn(param) if first else gap)
+        state["next_refresh"] = state["step"] + (1 if not telling else self._turn(param) if first else gap)
         if first or group["on_refresh"] == "reset":
             state["age"] = 0
         if first:

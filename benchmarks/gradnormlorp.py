@@ -170,6 +170,7 @@ ARMS: dict[str, tuple[Arm, dict[str, Any], float]] = {
     "LoRA": (lora, {}, 3e-3),
     "DoRA": (dora, {}, 3e-3),
     "ours": (ours, {}, 3e-3),
+    "ours, norm=None": (ours, {"norm": None}, 1.8e-2),
     "ours, 4-bit projector": (ours, {"projector_bits": 4}, 3e-3),
     "ours, 4-bit": (ours, {"projector_bits": 4, "bits": 4}, 3e-3),
 }

@@ -542,7 +542,9 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(
-    ("plugin", "run", "texts"), [each for each in REFUSED if each[2]], ids=lambda value: str(value)[:60]
+    ("plugin", "run", "texts"),
+    [each for each in REFUSED if each[2]],
+    ids=[each[2][0][:60] for each in REFUSED if each[2]],
 )
 def test_what_does_not_fit_is_refused(
     plugin: dict[str, Any], run: dict[str, Any], texts: list[str], tmp_path: Path

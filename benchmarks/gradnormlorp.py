@@ -551,8 +551,9 @@ def page(folder: Path) -> str:
         return [f"## {title}", "", text, "", f"| {header.replace(':', '')} |", f"|{rule}|", *map(line, rows), ""]
 
     def run(row: dict[str, Any]) -> str:
+        spread = f" ± {row['spread']:.4f}" if row["seeds"] > 1 else ""
         return (
-            f"| {row['arm'].removeprefix('option ')} | {row['lr']:.2e} | {row['loss']:.4f} ± {row['spread']:.4f} | "
+            f"| {row['arm'].removeprefix('option ')} | {row['lr']:.2e} | {row['loss']:.4f}{spread} | "
             f"{row['state_bytes'] / 1e6:.2f} MB | {row['seeds']} |"
         )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from hf_pretrain_ext.callbacks.forgetting import ForgettingCallback
 from hf_pretrain_ext.callbacks.gradnormlorp import GradNormLoRPCallback
+from hf_pretrain_ext.callbacks.metadata import MetadataCallback
 from hf_pretrain_ext.callbacks.replay import ReplayCallback
 from hf_pretrain_ext.callbacks.rewarm import RewarmCallback
 
-__all__ = ["ForgettingCallback", "GradNormLoRPCallback", "ReplayCallback", "RewarmCallback"]
+__all__ = ["ForgettingCallback", "GradNormLoRPCallback", "MetadataCallback", "ReplayCallback", "RewarmCallback"]

@@ -15,9 +15,13 @@ from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin, overrides
 from hf_pretrain_ext.row_checks import faults_of_rows, looked_up, sample_size
 from hf_pretrain_ext.values import is_number, is_whole, shown
 
-__all__ = ["argument_faults", "find_problems", "in_order", "stream_problems"]
+__all__ = ["argument_faults", "find_problems", "in_order", "isolation_problems", "list_problems", "stream_problems"]
 
-_OWNED = {"schedule": "the learning-rate schedule", "optimizer": "the optimizer"}
+_OWNED = {
+    "schedule": "the learning-rate schedule",
+    "optimizer": "the optimizer",
+    "prepare_data": "the training data",
+}
 
 
 def in_order(plugins: Sequence[TrainerPlugin]) -> list[TrainerPlugin]:
@@ -80,13 +84,14 @@ def argument_problems(args: Any) -> list[Problem]:
 
 def find_problems(setup: Setup) -> list[Problem]:
     """Every problem of the set-up, notes included, from the list as a whole and from each plug-in's own `check`."""
-    problems = [*_list_problems(setup.plugins), *_host_problems(setup), *_training_data_problems(setup)]
+    problems = [*list_problems(setup.plugins), *_host_problems(setup), *_training_data_problems(setup)]
     for plugin in setup.plugins:
         problems.extend(plugin.check(setup))
     return problems
 
 
-def _list_problems(plugins: Sequence[TrainerPlugin]) -> list[Problem]:
+def list_problems(plugins: Sequence[TrainerPlugin]) -> list[Problem]:
+    """What is wrong with the list by itself: names, owners, conflicts, order."""
     problems = []
     names = [plugin.name for plugin in plugins]
     for plugin in plugins:
@@ -176,9 +181,14 @@ def _packing_problems(setup: Setup) -> list[Problem]:
     if not is_map_style(dataset) or "position_ids" not in columns(dataset):
         return []
     rows = [dataset[row]["position_ids"] for row in sample_rows(len(dataset), 8)]
-    if all(list(positions).count(0) < 2 for positions in rows):
+    # Padding is stretches of one token; where there are two of more, there are two documents.
+    if all(list(positions).count(1) < 2 for positions in rows):
         return []
-    model = trainer.model
+    return isolation_problems(trainer.model)
+
+
+def isolation_problems(model: Any) -> list[Problem]:
+    """A look at whether a model lets the documents of a packed row influence each other."""
     if model not in _ISOLATION:
         kept, model.config.use_cache = getattr(model.config, "use_cache", None), False
         try:

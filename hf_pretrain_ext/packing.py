@@ -140,10 +140,8 @@ def pack(
     >>> report.text_tokens, report.eos_tokens, report.kept, report.padded
     (6, 2, 8, 2)
     """
-    from datasets import Features, List, Value
-
-    column = _column(dataset, text_column)
-    tokenizer = _checked(tokenizer)
+    column = document_column(dataset, text_column)
+    tokenizer = checked_tokenizer(tokenizer)
     check_sizes(block_size, seed, num_proc)
     if not isinstance(isolate, bool):
         raise ValueError(f"isolate must be True or False, got {shown(isolate)}")
@@ -153,32 +151,21 @@ def pack(
         limit = f"the tokenizer's model_max_length={tokenizer.model_max_length:,}"
         say(f"block_size={block_size:,} is above {limit}: see that the model has the positions", logging.WARNING)
 
-    ids = List(Value("int32"))
-    source = dataset.select_columns([column]).with_format("arrow")
-    work = _tokenizing(tokenizer) if column == text_column else _closing(tokenizer)
-    documents = source.map(
-        **work,
-        batched=True,
-        batch_size=_rows_within(64 * CHUNK, source.data.nbytes / source.data.num_rows, 1_000),
-        num_proc=num_proc,
-        features=Features({"input_ids": ids}),
-    )
-    lengths = _document_lengths(documents)
+    documents, bos = tokenized(dataset, column, tokenizer, num_proc)
+    lengths = document_lengths(documents)
     if seed is not None:
         order = np.random.default_rng(seed).permutation(len(documents))
         documents, lengths = documents.select(order), lengths[order]
-    report = _account(lengths, len(work["fn_kwargs"].get("prefix", ())), block_size, remainder)
+    report = _account(lengths, bos, block_size, remainder)
     say(str(report))
-    # Positions take two bytes where they fit: every epoch reads them from disk.
-    position = Value("int16" if block_size <= 1 << 15 else "int32")
     packed = documents.map(
         _cut,
         desc="Packing",
         with_indices=True,
         batched=True,
-        batch_size=_rows_within(CHUNK, lengths.mean(), 100_000),
+        batch_size=rows_within(CHUNK, lengths.mean(), 100_000),
         num_proc=num_proc,
-        features=Features({"input_ids": ids, "position_ids": List(position), "seq_lengths": ids}),
+        features=block_features(block_size, "input_ids"),
         fn_kwargs={
             "revision": REVISION,
             "documents": documents,
@@ -191,7 +178,7 @@ def pack(
     return (packed, report) if return_report else packed
 
 
-def _column(dataset: Any, text_column: str) -> str:
+def document_column(dataset: Any, text_column: str) -> str:
     """The column that holds the documents."""
     from datasets import Dataset
 
@@ -224,7 +211,7 @@ def _column(dataset: Any, text_column: str) -> str:
     return column
 
 
-def _checked(tokenizer: Any) -> Any:
+def checked_tokenizer(tokenizer: Any) -> Any:
     from transformers import PreTrainedTokenizerBase
 
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
@@ -250,12 +237,49 @@ def check_sizes(block_size: Any, seed: Any, num_proc: Any) -> None:
     )
 
 
-def _rows_within(budget: int, row: float, most: int) -> int:
+def rows_within(budget: int, row: float, most: int) -> int:
     return int(np.clip(budget / max(row, 1), 1, most))
+
+
+def tokenized(dataset: Any, column: str, tokenizer: Any, num_proc: int | None = None) -> tuple[Any, int]:
+    """The documents in `column` as `input_ids`, each closed by EOS, and how many BOS tokens open each: 0 or 1."""
+    from datasets import Features, List, Value
+
+    source = dataset.select_columns([column]).with_format("arrow")
+    as_ids = dataset.features.arrow_schema.field(column).type.num_fields > 0
+    work = _closing(tokenizer) if as_ids else _tokenizing(tokenizer)
+    documents = source.map(
+        **work,
+        batched=True,
+        batch_size=rows_within(64 * CHUNK, source.data.nbytes / source.data.num_rows, 1_000),
+        num_proc=num_proc,
+        features=Features({"input_ids": List(Value("int32"))}),
+    )
+    return documents, len(work["fn_kwargs"].get("prefix", ()))
 
 
 def _tokenizing(tokenizer: Any) -> dict[str, Any]:
     """Arguments of the `map` that makes documents of texts."""
+    encoder, control = text_encoder(tokenizer)
+    settings = {
+        "revision": REVISION,
+        "encoder": encoder,
+        "prefix": opening(tokenizer, encoder),
+        "eos": tokenizer.eos_token_id,
+        "control": control,
+    }
+    return {"function": _tokenize, "fn_kwargs": settings, "desc": "Tokenizing"}
+
+
+def opening(tokenizer: Any, encoder: Any) -> list[int]:
+    """What the tokenizer by itself begins texts with: BOS, or nothing."""
+    empty = encoder.encode("", add_special_tokens=True)
+    first = list(getattr(empty, "ids", empty))[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def text_encoder(tokenizer: Any) -> tuple[Any, dict[int, str]]:
+    """What [`text_ids`] encodes with, and the control tokens that no text becomes, by id."""
     encoder = tokenizer
     if tokenizer.is_fast:
         # The Rust tokenizer alone is faster than its wrapper, and is pickled alike in every process, as the cache
@@ -263,33 +287,29 @@ def _tokenizing(tokenizer: Any) -> dict[str, Any]:
         encoder = copy.deepcopy(tokenizer.backend_tokenizer)
         encoder.no_truncation()
         encoder.no_padding()
-    empty = encoder.encode("", add_special_tokens=True)
-    first = list(getattr(empty, "ids", empty))[:1]
     control = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     control.update(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         control.pop(tokenizer.unk_token_id, None)
-    settings = {
-        "revision": REVISION,
-        "encoder": encoder,
-        "prefix": first if first == [tokenizer.bos_token_id] else [],
-        "eos": tokenizer.eos_token_id,
-        "control": control,
-    }
-    return {"function": _tokenize, "fn_kwargs": settings, "desc": "Tokenizing"}
+    return encoder, control
 
 
-def _tokenize(
-    batch: pa.Table, revision: int, encoder: Any, prefix: list[int], eos: int, control: dict[int, str]
-) -> pa.Table:
-    texts = [text or "" for text in batch[0].to_pylist()]
+def text_ids(encoder: Any, texts: list[str], control: dict[int, str]) -> list[list[int]]:
+    """Token ids of texts as text: what looks like a control token becomes the tokens of its characters."""
     encoded = _encode(encoder, texts)
     ends = np.cumsum([len(ids) for ids in encoded])
     found = np.flatnonzero(np.isin(_flat(encoded), list(control)))
     for place in np.unique(np.searchsorted(ends, found, side="right")):
         encoded[place] = _plain(encoder, texts[place], control)
+    return encoded
+
+
+def _tokenize(
+    batch: pa.Table, revision: int, encoder: Any, prefix: list[int], eos: int, control: dict[int, str]
+) -> pa.Table:
+    encoded = text_ids(encoder, [text or "" for text in batch[0].to_pylist()], control)
     whole = [[*prefix, *ids, eos] if ids else ids for ids in encoded]
-    return _lists(input_ids=(_flat(whole), [len(ids) for ids in whole]))
+    return lists(input_ids=(_flat(whole), [len(ids) for ids in whole]))
 
 
 def _encode(encoder: Any, texts: list[str]) -> list[list[int]]:
@@ -335,7 +355,7 @@ def _closing(tokenizer: Any) -> dict[str, Any]:
 def _close(batch: pa.Table, revision: int, eos: int, vocabulary: int) -> pa.Table:
     if pc.list_flatten(batch[0]).null_count:
         raise ValueError("column 'input_ids' has None among its token ids. Take those rows out, or tokenize again")
-    ids, lengths = _values(batch[0]), _list_lengths(batch[0])
+    ids, lengths = flat_values(batch[0]), list_lengths(batch[0])
     if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
         raise ValueError(
             f"column 'input_ids' has ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocabulary} tokens. "
@@ -344,22 +364,22 @@ def _close(batch: pa.Table, revision: int, eos: int, vocabulary: int) -> pa.Tabl
     ends = np.cumsum(lengths)
     bare = lengths > 0
     bare[bare] = ids[ends[bare] - 1] != eos
-    return _lists(input_ids=(np.insert(ids.astype(np.int32), ends[bare], eos), lengths + bare))
+    return lists(input_ids=(np.insert(ids.astype(np.int32), ends[bare], eos), lengths + bare))
 
 
 def _flat(rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
     return np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32)
 
 
-def _values(column: pa.ChunkedArray) -> NDArray[Any]:
+def flat_values(column: pa.ChunkedArray) -> NDArray[Any]:
     return pc.list_flatten(column).to_numpy()
 
 
-def _list_lengths(column: pa.ChunkedArray) -> NDArray[np.int64]:
+def list_lengths(column: pa.ChunkedArray) -> NDArray[np.int64]:
     return pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
 
 
-def _lists(**columns: tuple[NDArray[Any], ArrayLike]) -> pa.Table:
+def lists(**columns: tuple[NDArray[Any], ArrayLike]) -> pa.Table:
     """A table of lists, each column given by its values one after the other and by the lengths of the lists."""
     made = {}
     for name, (values, lengths) in columns.items():
@@ -368,8 +388,8 @@ def _lists(**columns: tuple[NDArray[Any], ArrayLike]) -> pa.Table:
     return pa.table(made)
 
 
-def _document_lengths(documents: Any) -> NDArray[np.int64]:
-    return np.concatenate([_list_lengths(table["input_ids"]) for table in documents.iter(batch_size=100_000)])
+def document_lengths(documents: Any) -> NDArray[np.int64]:
+    return np.concatenate([list_lengths(table["input_ids"]) for table in documents.iter(batch_size=100_000)])
 
 
 def _account(lengths: NDArray[np.int64], bos: int, block_size: int, remainder: str) -> PackReport:
@@ -410,20 +430,38 @@ def _cut(
     begin, end = np.clip(-(-starts[[first, last]] // size), 0, report.blocks) * size
     stop = min(end, max(begin, report.kept))
     behind = max(last, int(np.searchsorted(starts, stop))) if end > begin else last
-    parts = [_values(batch["input_ids"])[begin - starts[first] : stop - starts[first]]]
+    parts = [flat_values(batch["input_ids"])[begin - starts[first] : stop - starts[first]]]
     if behind > last:
-        parts.append(_values(documents[last:behind]["input_ids"])[: stop - starts[last]])
+        parts.append(flat_values(documents[last:behind]["input_ids"])[: stop - starts[last]])
     ids = np.concatenate([*parts, np.full(end - stop, padding, dtype=np.int32)])
     inside = starts[first:behind][(starts[first:behind] >= begin) & (starts[first:behind] < stop)] - begin
     # Every token of padding is a stretch of its own, so that its position, 0, tells the collator to ask no loss there.
     places = [np.arange(0, end - begin, size), inside if isolate else inside[:0], np.arange(stop, end) - begin]
-    restarts = np.unique(np.concatenate(places))
-    lengths = np.diff(restarts, append=len(ids))
-    counts = np.diff(np.searchsorted(restarts, np.arange(0, len(ids) + 1, size)))
-    whole = np.full(len(ids) // size, size)
+    return block_table(size, np.concatenate(places), input_ids=ids)
+
+
+def block_features(block_size: int, *columns: str) -> Any:
+    """The features of what [`block_table`] makes, for blocks with the token `columns`."""
+    from datasets import Features, List, Value
+
+    # Positions take two bytes where they fit: every epoch reads them from disk.
+    position = Value("int16" if block_size <= 1 << 15 else "int32")
+    tokens = List(Value("int32"))
+    return Features({**dict.fromkeys(columns, tokens), "position_ids": List(position), "seq_lengths": tokens})
+
+
+def block_table(size: int, restarts: NDArray[np.int64], **tokens: NDArray[np.int32]) -> pa.Table:
+    """Blocks of `size` tokens, given by columns of all their tokens and by the places where positions restart."""
+    restarts = np.unique(restarts)
+    total = len(next(iter(tokens.values())))
+    lengths = np.diff(restarts, append=total)
+    counts = np.diff(np.searchsorted(restarts, np.arange(0, total + 1, size)))
+    whole = np.full(total // size, size)
     positions = _positions(lengths, np.int16 if size <= 1 << 15 else np.int32)
-    return _lists(
-        input_ids=(ids, whole), position_ids=(positions, whole), seq_lengths=(lengths.astype(np.int32), counts)
+    return lists(
+        **{name: (values, whole) for name, values in tokens.items()},
+        position_ids=(positions, whole),
+        seq_lengths=(lengths.astype(np.int32), counts),
     )
 
 
@@ -579,6 +617,9 @@ def _outputs(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     finally:
         for module, mode in modes:
             module.training = mode
+            if hasattr(module, "reshard"):
+                # FSDP2 leaves the root whole after a forward pass: an optimizer made then would update a copy.
+                module.reshard()
     return getattr(found, "logits", found[0]).float()
 
 

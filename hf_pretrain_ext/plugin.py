@@ -3,6 +3,8 @@
 A plug-in overrides what it needs and nothing else; what it overrides is what it may change.
 
     check(setup)              pure look at the run before anything is touched: yield a `Problem` for all that is wrong
+    prepare_data(setup)       the rows that training reads in place of the Trainer's train_dataset (one owner)
+    prepare_beside(dataset, setup)  the same for data of other plug-ins: replayed, held out
     wrap_model(model)         the model, before a checkpoint is loaded into it and before the optimizer sees it
     wrap_plan(plan, setup)    the sample plan: which row of which source is sample i
     wrap_collator(collator)   the collator; its features carry `features.draws` when a plan is in force
@@ -105,7 +107,19 @@ class Setup:
 
     @property
     def train_dataset(self) -> Any:
-        return self.trainer.train_dataset
+        """The rows that training reads: the Trainer's own, unless a plug-in makes them of those."""
+        owner = self._data_owner
+        return self.trainer.train_dataset if owner is None else owner.prepare_data(self)
+
+    @property
+    def _data_owner(self) -> TrainerPlugin | None:
+        return next((plugin for plugin in self.plugins if overrides(plugin, "prepare_data")), None)
+
+    @property
+    def seed(self) -> int:
+        """Of the sample plan: of the `PlanConfig`, else `data_seed`, else `seed` of the arguments."""
+        given = (self.plan_config.seed, self.args.data_seed, self.args.seed)
+        return int(next(seed for seed in given if seed is not None))
 
     @property
     def tokens_per_step(self) -> float | None:
@@ -119,7 +133,7 @@ class Setup:
         streamed = is_stream(dataset)
         return SamplePlan(
             sources=(Source("train", None if streamed else len(dataset), order=config.order, dataset=dataset),),
-            seed=next(seed for seed in (config.seed, args.data_seed, args.seed) if seed is not None),
+            seed=self.seed,
             epoch=args.max_steps * self.global_batch if streamed else 0,
             window=config.window or window_for(self.global_batch),
         )
@@ -141,6 +155,9 @@ class Setup:
 
     def prepare(self, dataset: Any, name: str, training: bool = True) -> Any:
         """`dataset` as the trainer prepares its own (TRL tokenizes and packs; a plain Trainer changes nothing)."""
+        owner = self._data_owner
+        if owner is not None:
+            return owner.prepare_beside(dataset, self)
         return _host.prepare_dataset(self.trainer, dataset, name, training)
 
     def stripped(self, datasets: list[Any]) -> tuple[list[Any], Callable[[list[Any]], Any]]:
@@ -175,6 +192,17 @@ class TrainerPlugin(TrainerCallback):
 
     def check(self, setup: Setup) -> Iterable[Problem]:
         return ()
+
+    def prepare_data(self, setup: Setup) -> Any:
+        """A map-style dataset, of which `wrap_plan` then makes what it will. Called often: keep what was made.
+
+        Raises:
+            [`PluginError`]: what is wrong with the Trainer's data.
+        """
+        raise TypeError(f"{type(self).__name__} does not prepare the training data")
+
+    def prepare_beside(self, dataset: Any, setup: Setup) -> Any:
+        return dataset
 
     def wrap_model(self, model: Any) -> Any:
         return model

@@ -17,7 +17,7 @@ import torch
 from transformers import Trainer, TrainerState
 
 from hf_pretrain_ext import _host, checkpoint
-from hf_pretrain_ext.checks import argument_problems, find_problems, in_order
+from hf_pretrain_ext.checks import argument_problems, find_problems, in_order, list_problems
 from hf_pretrain_ext.data import fingerprint, is_map_style
 from hf_pretrain_ext.identity import compare, compared_arguments
 from hf_pretrain_ext.lengths import host_length, run_length
@@ -178,9 +178,13 @@ class PluginRun:
         if wrong:
             # Nothing else can be looked at: the length of the run follows from these.
             raise PluginError(wrong)
-        setup = self._new_setup(candidates)
         # Looking at data may run a random collator; what it draws is nobody's business in training.
         with rng_guard():
+            try:
+                setup = self._new_setup(candidates)
+            except PluginError as unfit:
+                # Of data that cannot be prepared nothing more can be said.
+                raise PluginError([*list_problems(candidates), *unfit.problems]) from unfit
             problems = find_problems(setup)
         if self.plan_config != type(self.plan_config)() and not any(overrides(p, "wrap_plan") for p in candidates):
             problems.append(
@@ -218,8 +222,8 @@ class PluginRun:
         return plan
 
     def _new_setup(self, plugins: Sequence[TrainerPlugin]) -> Setup:
-        length = self._host_length()[1] or None
-        return Setup(self.trainer, tuple(plugins), self.global_batch, length, self.given_optimizer, self.plan_config)
+        setup = Setup(self.trainer, tuple(plugins), self.global_batch, None, self.given_optimizer, self.plan_config)
+        return dataclasses.replace(setup, total_steps=self._host_length(setup.train_dataset)[1] or None)
 
     def change_mixture(self, shares: Mapping[str, float], step: int | None = None) -> int:
         """Changes the mixture from optimizer step `step` on; earlier draws stay, and per-source counts go on.
@@ -326,16 +330,16 @@ class PluginRun:
         """Optimizer steps an epoch and in all; zeros where only the host's own loader will tell."""
         if plan is not None:
             return run_length(self.trainer.args, plan.epoch, self.global_batch)
-        return self._host_length()
+        return self._host_length(self.setup.train_dataset)
 
     def schedule_for(self, total_steps: int) -> LRSchedule | None:
         """The learning rate of a run of `total_steps` steps, if a plug-in owns it and the length is known."""
         owner = self.owner("schedule")
         return owner.schedule(self.trainer.args, total_steps) if owner and total_steps else None
 
-    def _host_length(self) -> tuple[int, int]:
-        """Steps an epoch and steps in all of the training data as it is; zeros where that cannot be known."""
-        args, dataset = self.trainer.args, self.trainer.train_dataset
+    def _host_length(self, dataset: Any) -> tuple[int, int]:
+        """Steps an epoch and steps in all of training data as it is; zeros where that cannot be known."""
+        args = self.trainer.args
         if is_map_style(dataset):
             return host_length(args, len(dataset), _host.train_batch_size(self.trainer), self.global_batch)
         return max(args.max_steps, 0), max(args.max_steps, 0)

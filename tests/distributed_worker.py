@@ -111,6 +111,7 @@ def run(
             watch,
             *inside,
             **{"data": tiny.rows(40).to_iterable_dataset(num_shards=4)} if streamed else {},
+            **settings.trainer_for(tuple(plugins)),
             **{
                 "per_device_train_batch_size": 4 if "WORLD_SIZE" in os.environ else 8,
                 "max_steps": 6,

@@ -63,6 +63,11 @@ CASES = [
     Case(("gradnormlorp-dora", "replay"), (2, 12), EPOCHS),
     Case(("replay-stream", "rewarm"), (3,), {"bf16": True, "gradient_accumulation_steps": 2}),
     Case(("replay-shuffled-stream",), (4, 12), EPOCHS),
+    # Before the cooldown, at its first step and inside it.
+    Case(("metadata",), (2, 4, 5), {"dataloader_num_workers": 2}),
+    Case(("metadata", "replay-documents", "forgetting-documents"), (5, 17), EPOCHS),
+    Case(("metadata-stream",), (3, 4), {"dataloader_num_workers": 2}),
+    Case(("metadata-mixed", "rewarm"), (3,), {"gradient_accumulation_steps": 2}),
 ]
 
 
@@ -82,8 +87,8 @@ class _Stop(TrainerCallback):
 
 def build(case: Case, folder: Path, stop: int | None) -> Trainer:
     callbacks = [*settings.make(case.plugins), _Stop(case.stops, stop)]
-    data = tiny.rows(case.rows)
-    return extend(tiny.trainer(folder, *callbacks, dropout=0.1, data=data, save_strategy="no", **case.arguments))
+    data = {"data": tiny.rows(case.rows), **settings.trainer_for(case.plugins)}
+    return extend(tiny.trainer(folder, *callbacks, dropout=0.1, save_strategy="no", **data, **case.arguments))
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -9,8 +9,14 @@ from typing import Any
 import tiny
 from peft import LoraConfig
 
-from hf_pretrain_ext import TrainerPlugin
-from hf_pretrain_ext.callbacks import ForgettingCallback, GradNormLoRPCallback, ReplayCallback, RewarmCallback
+from hf_pretrain_ext import PackedCollator, TrainerPlugin
+from hf_pretrain_ext.callbacks import (
+    ForgettingCallback,
+    GradNormLoRPCallback,
+    MetadataCallback,
+    ReplayCallback,
+    RewarmCallback,
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Row:
         wraps_plan: whether it decides the data order.
         observer: whether it only measures.
         varied: the plug-in at other settings, which must give another result; empty for observers.
+        trainer: what `tiny.trainer` needs for it, where that is not its tokenized rows.
     """
 
     name: str
@@ -34,6 +41,7 @@ class Row:
     wraps_plan: bool = False
     observer: bool = False
     varied: tuple[Callable[[], TrainerPlugin], ...] = ()
+    trainer: Callable[[], dict[str, Any]] = dict
 
 
 def old_data() -> Any:
@@ -47,6 +55,18 @@ def padded_data() -> Any:
 
 def stream(seed: int = 9) -> Any:
     return tiny.rows(50, seed=seed).to_iterable_dataset(num_shards=4)
+
+
+def raw_documents(number: int = 40) -> dict[str, Any]:
+    return {
+        "data": tiny.documents(number),
+        "processing_class": tiny.tokenizer(),
+        "data_collator": PackedCollator(),
+    }
+
+
+def metadata(template: str = "{domain} ", **given: Any) -> MetadataCallback:
+    return MetadataCallback(template, **{"block_size": 16, "cooldown": "34%", **given})
 
 
 def dora() -> LoraConfig:
@@ -149,15 +169,55 @@ ROWS = [
         make=lambda: GradNormLoRPCallback(rank=2, update_proj_gap=2, adapter=dora()),
         varied=(lambda: GradNormLoRPCallback(rank=3, update_proj_gap=2, adapter=dora()),),
     ),
+    Row(
+        "metadata",
+        make=metadata,
+        wraps_plan=True,
+        trainer=raw_documents,
+        varied=(
+            lambda: metadata(cooldown=1),
+            lambda: metadata(cooldown=0),
+            lambda: metadata("{url_suffix} "),
+            lambda: metadata(drop=0.5),
+            lambda: metadata(overflow="discard"),
+            lambda: metadata(isolate=False),
+            lambda: metadata(block_size=17),
+        ),
+    ),
+    Row(
+        "metadata-mixed",
+        make=lambda: metadata(schedule="mixed", cooldown=0.25),
+        wraps_plan=True,
+        trainer=raw_documents,
+        varied=(metadata, lambda: metadata(schedule="mixed", cooldown=0.5)),
+    ),
+    Row(
+        "metadata-stream",
+        make=metadata,
+        wraps_plan=True,
+        trainer=lambda: {**raw_documents(), "data": tiny.documents(80).to_iterable_dataset(num_shards=4)},
+        varied=(lambda: metadata(cooldown=1), lambda: metadata(drop=0.5)),
+    ),
     Row("forgetting", make=lambda: ForgettingCallback({"old": tiny.rows(10, seed=9)}, every=2), observer=True),
+]
+
+# Beside "metadata", which makes blocks of their documents.
+BESIDE_METADATA = [
+    Row("replay-documents", make=lambda: ReplayCallback(tiny.documents(30, seed=9), ratio=0.25)),
+    Row("forgetting-documents", make=lambda: ForgettingCallback({"old": tiny.documents(9, seed=8)}, every=2)),
 ]
 
 TOGETHER = ("rewarm", "replay", "forgetting")
 
 
 def by_name(name: str) -> Row:
-    return next(row for row in ROWS if row.name == name)
+    return next(row for row in [*ROWS, *BESIDE_METADATA] if row.name == name)
 
 
 def make(names: tuple[str, ...]) -> list[TrainerPlugin]:
     return [by_name(name).make() for name in names]
+
+
+def trainer_for(names: tuple[str, ...]) -> dict[str, Any]:
+    """What `tiny.trainer` needs for these plug-ins together."""
+    return {key: value for name in names for key, value in by_name(name).trainer().items()}

@@ -163,6 +163,8 @@ def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.Monkey
         "held_out": tiny.rows(8, seed=2),
         "wiki": tiny.rows(30, seed=3),
         "code": tiny.rows(20, seed=4),
+        "documents": tiny.documents(200),
+        "tokenizer": tiny.tokenizer(),
     }
     in_trainer_form = "Trainer(" in code
     if in_trainer_form:

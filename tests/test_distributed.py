@@ -255,3 +255,23 @@ def test_projected_gradients_refuse_what_is_sharded(where: str, folder: Path) ->
     done = start(folder, f"projected-{where}", where, plugins=["gradnormlorp"])
     assert done.returncode != 0
     assert "gradnormlorp: " in done.stderr and "needs whole matrices" in done.stderr
+
+
+DOCUMENTS = ["metadata", "replay-documents"]
+
+
+@pytest.mark.parametrize("where", ["ddp", *(pytest.param(w, marks=pytest.mark.slow) for w in ("fsdp2",)), *WHERE[2:]])
+def test_metadata_on_two_ranks(where: str, folder: Path) -> None:
+    """Blocks with metadata, their cooldown and replay beside them: the samples of one process, and a resume."""
+    one = distributed_worker.run(folder / f"documents-one-{where}", plugins=tuple(DOCUMENTS))[1]
+    two = launch(folder, f"documents-{where}", where, plugins=DOCUMENTS)
+    assert all(torch.equal(joined(two, step), one["rows"][step]) for step in range(6))
+    assert two[0]["counts"] == two[1]["counts"] == one["counts"]
+    for ours, theirs in zip(two[0]["log"], one["log"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    if where != "fsdp2":
+        saved = str(folder / f"documents-{where}" / "checkpoint-3")
+        resumed = launch(folder, f"documents-again-{where}", where, plugins=DOCUMENTS, resume_from=saved)
+        for rank in (0, 1):
+            assert all(torch.equal(resumed[rank]["weights"][k], v) for k, v in two[rank]["weights"].items())
+            assert resumed[rank]["counts"] == two[rank]["counts"]

@@ -102,14 +102,15 @@ def test_neutral_settings_are_refused_unless_allowed(row: settings.Row, tmp_path
 @pytest.mark.parametrize("row", CHANGING, ids=lambda row: row.name)
 def test_every_setting_has_an_effect(row: settings.Row, tmp_path: Path, bare: Trainer) -> None:
     """Negative control: a plug-in at work differs from none, from itself at other settings and under another seed."""
-    base = train(tmp_path / "base", row.make())
-    again = train(tmp_path / "again", row.make())
+    base = train(tmp_path / "base", row.make(), **row.trainer())
+    again = train(tmp_path / "again", row.make(), **row.trainer())
     assert tiny.same_weights(base, again)
     assert not tiny.same_weights(base, bare)
     for number, varied in enumerate(row.varied):
-        assert not tiny.same_weights(base, train(tmp_path / str(number), varied()))
+        assert not tiny.same_weights(base, train(tmp_path / str(number), varied(), **row.trainer()))
     if row.wraps_plan:
-        assert not tiny.same_weights(base, train(tmp_path / "seed", row.make(), plan=PlanConfig(seed=99)))
+        seeded = train(tmp_path / "seed", row.make(), plan=PlanConfig(seed=99), **row.trainer())
+        assert not tiny.same_weights(base, seeded)
 
 
 class Recorder(TrainerCallback):
@@ -144,6 +145,7 @@ def test_order_does_not_depend_on_workers_or_accumulation(row: settings.Row, tmp
                 per_device_train_batch_size=batch,
                 gradient_accumulation_steps=accumulation,
                 dataloader_num_workers=workers,
+                **row.trainer(),
             )
         )
         recorder.attach(trained).train()
@@ -176,9 +178,11 @@ def test_accumulation_gives_the_same_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize("row", settings.ROWS, ids=lambda row: row.name)
 def test_without_extend_a_plugin_works_or_says_what_to_add(row: settings.Row, tmp_path: Path) -> None:
     plugin = row.make()
-    trained = tiny.trainer(tmp_path, plugin)
+    trained = tiny.trainer(tmp_path, plugin, **row.trainer())
     if plugin.needs_extend:
-        with pytest.raises(RuntimeError, match=r"extend\(trainer\)"):
+        # Of data that is not tokenized the host speaks before any callback can.
+        known = r"extend\(trainer\)|No columns in the dataset match" if row.trainer() else r"extend\(trainer\)"
+        with pytest.raises((RuntimeError, ValueError), match=known):
             trained.train()
     else:
         trained.train()
@@ -188,7 +192,7 @@ def test_without_extend_a_plugin_works_or_says_what_to_add(row: settings.Row, tm
 def test_settings_and_state_are_plain_json(row: settings.Row, tmp_path: Path) -> None:
     import json
 
-    trained = train(tmp_path, row.make())
+    trained = train(tmp_path, row.make(), **row.trainer())
     plugin = trained.plugin_run.plugins[0]
     for content in (plugin.settings(), plugin.state()):
         assert json.loads(json.dumps(content)) == content
@@ -206,7 +210,7 @@ def test_declared_capabilities_are_words_of_the_contract(row: settings.Row) -> N
 @pytest.mark.parametrize("row", settings.ROWS, ids=lambda row: row.name)
 def test_a_second_train_repeats_the_plugin_from_its_start(row: settings.Row, tmp_path: Path) -> None:
     """Counts, history and schedule of a second `train()` are those of a run, not of two."""
-    trained = train(tmp_path, row.make(), max_steps=4)
+    trained = train(tmp_path, row.make(), max_steps=4, **row.trainer())
     first = trained.plugin_run.realised(), [line["step"] for line in tiny.history(trained)]
     trained.train()
     assert (trained.plugin_run.realised(), [line["step"] for line in tiny.history(trained)]) == first

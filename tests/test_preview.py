@@ -56,7 +56,9 @@ def test_what_is_predicted_is_what_happens(name: str, tmp_path: Path) -> None:
     trainer = extend(
         padded(
             tmp_path,
-            RewarmCallback(1e-2, schedule=schedule, warmup=3),
+            RewarmCallback(schedule=schedule)
+            if callable(schedule)
+            else RewarmCallback(1e-2, schedule=schedule, warmup=3),
             replay,
             probe,
             data=ragged(40, 0, 40),

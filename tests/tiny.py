@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import string
 from typing import Any
 
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -46,6 +50,27 @@ def rows(number: int, seed: int = 0, length: int = LENGTH, low: int = 1, high: i
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token a character, below `VOCABULARY`; the end of a text is 0."""
+    signs = string.ascii_lowercase + string.digits + " .:/-"
+    backend = Tokenizer(
+        models.BPE({"<eos>": 0, "<unk>": 1, **{c: n for n, c in enumerate(signs, 2)}}, [], unk_token="<unk>")
+    )
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
+
+
+def documents(number: int, seed: int = 0) -> Dataset:
+    """Raw documents of 1 to 20 letters with the address that each is from."""
+    draw = random.Random(seed)
+    return Dataset.from_dict(
+        {
+            "text": ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(1, 20))) for _ in range(number)],
+            "url": [f"https://{draw.choice('abc')}.io/{n}" for n in range(number)],
+        }
+    )
+
+
 def arguments(output_dir: Any, **settings: Any) -> TrainingArguments:
     defaults: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -69,12 +94,14 @@ def trainer(
 ) -> Trainer:
     dropout, held_out = settings.pop("dropout", 0.0), settings.pop("eval_dataset", None)
     given = settings.pop("model", None)
+    collator, reader = settings.pop("data_collator", default_data_collator), settings.pop("processing_class", None)
     return cls(
         model=model(dropout) if given is None else given,
         args=arguments(output_dir, **settings),
         train_dataset=rows(40) if data is None else data,
         eval_dataset=held_out,
-        data_collator=default_data_collator,
+        data_collator=collator,
+        processing_class=reader,
         callbacks=[*callbacks, Seen()],
     )
 

@@ -59,7 +59,7 @@ class MetadataCallback(TrainerPlugin):
     optimizer steps. Raw documents that other plug-ins replay or evaluate on become plain blocks.
 
     Args:
-        template ([`Template`] or `str`, *optional*, defaults to `"URL: {domain}\\n\\n"`): the metadata (MeCo, 2.1);
+        template ([`Template`] or `str`, *optional*, defaults to `"URL: {domain}\\n\\n"`): the metadata (MeCo);
             the values of a `Template` stand in for `columns`, `missing`, `constant` and `max_characters`.
         block_size (`int`): tokens a block, which is a sample.
         columns (`dict`, *optional*): where a field of the template comes from; see [`Template`].
@@ -73,7 +73,7 @@ class MetadataCallback(TrainerPlugin):
         constant (`str`, *optional*, defaults to `"unknown"`): what stands for a missing value.
         max_characters (`int`, *optional*, defaults to 256): of a value.
         overflow (`str`, *optional*, defaults to `"split"`): of documents that do not fit in a block: `"split"` goes on
-            in the next behind the same metadata, `"discard"` leaves the rest out (MeCo, 2.1).
+            in the next behind the same metadata, `"discard"` leaves the rest out (MeCo).
         isolate (`bool`, *optional*, defaults to `True`): documents of a block do not see each other.
         text_column (`str`, *optional*, defaults to `"text"`): the column of texts.
         num_proc (`int`, *optional*): processes to prepare with.

@@ -123,7 +123,7 @@ def prepare(
     return_report: bool = False,
 ) -> Any:
     """
-    Tokenize documents, put their metadata in front and cut them into blocks (MeCo, arXiv 2501.01956, section 2).
+    Tokenize documents, put their metadata in front and cut them into blocks (MeCo, arXiv 2501.01956).
 
     A document is `[BOS] metadata text EOS`, BOS where the tokenizer by itself begins texts so. Labels are the tokens
     of text and EOS; BOS, metadata and padding bear no loss. Metadata is tokenized apart from the text, so that no
@@ -136,7 +136,7 @@ def prepare(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's own; it needs an `eos_token`.
         block_size (`int`): tokens a block.
         template ([`Template`] or `str`, *optional*): the metadata; `"URL: {domain}\\n\\n"` from the column `url` if
-            none (MeCo, 2.1).
+            none (MeCo).
         conditioned (`bool`, *optional*, defaults to `True`): `False` leaves all metadata out: the same layout for
             plain data, to be replayed or evaluated on.
         text_column (`str`, *optional*, defaults to `"text"`): the column of texts; a `None` there is an empty text.
@@ -144,7 +144,7 @@ def prepare(
             another. `False`: positions and attention run through the block.
         overflow (`str`, *optional*, defaults to `"split"`): what becomes of a document that does not fit in what is
             left of a block: `"split"` goes on in the next with BOS and metadata repeated (ours), `"discard"` leaves
-            the rest out (MeCo, 2.1).
+            the rest out (MeCo).
         drop (`float`, *optional*, defaults to `0.0`): share of documents, in [0, 1), that go without their metadata,
             chosen by key.
         seed (`int`, *optional*): shuffles the documents, and keys `drop`; by default they keep their order.

@@ -60,7 +60,7 @@ def _host(address: str) -> str | None:
 
 
 def domain(address: Any) -> str | None:
-    """The absolute domain of an address, as MeCo conditions on: its host, `www.` and all (arXiv 2501.01956, 2.1).
+    """The absolute domain of an address, as MeCo conditions on: its host, `www.` and all (arXiv 2501.01956).
 
     Args:
         address (`str`): a URL, its scheme present or not. Names beyond ASCII become their IDNA form.

@@ -36,7 +36,7 @@ class Template:
     """How metadata becomes text.
 
     Args:
-        text (`str`, *optional*, defaults to `"URL: {domain}\\n\\n"`): with fields in braces (MeCo, 2.1).
+        text (`str`, *optional*, defaults to `"URL: {domain}\\n\\n"`): with fields in braces (MeCo).
         columns (`dict`, *optional*): where a field comes from: a column (`"meta.url"` for a nested one), or a pair of
             a column and what makes the value of it: a function, or the name of an extractor (`"domain"`,
             `"registered_domain"`, `"url_suffix"`, `"hashed_url"`, `"url"`). By default a field that is named like an

@@ -71,7 +71,7 @@ test-architectures: $(STAMP) ## every plug-in on every family; writes docs/archi
 test-kill: $(STAMP) ## kill runs at random moments: KILLS=20 for each of seven settings
 	KILLS=$(KILLS) $(PYTEST) -s -m kill
 
-bench: $(STAMP) ## what the plug-ins cost per step
+bench: $(STAMP) ## what each plug-in costs per step
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/overhead.py
 
 build: $(STAMP) ## sdist and wheel into dist/

@@ -20,6 +20,7 @@ again, so that the command goes on after a kill.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -76,31 +77,34 @@ def corpus(folder: Path) -> dict[str, np.ndarray]:
     return dict(np.load(path))
 
 
-def build_model(seed: int) -> Any:
+def llama(seed: int, hidden: int, layers: int, vocabulary: int, inner: int, head: int, **settings: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            num_hidden_layers=LAYERS,
-            intermediate_size=INTERMEDIATE,
-            num_attention_heads=HIDDEN // 32,
-            num_key_value_heads=HIDDEN // 32,
-            max_position_embeddings=LENGTH,
-            use_cache=False,
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            intermediate_size=inner,
+            num_attention_heads=hidden // head,
+            num_key_value_heads=hidden // head,
+            **settings,
         )
     )
+
+
+def build_model(seed: int) -> Any:
+    return llama(seed, HIDDEN, LAYERS, VOCABULARY, INTERMEDIATE, 32, max_position_embeddings=LENGTH, use_cache=False)
 
 
 # The arms: a model, and its optimizer at a learning rate.
 
 
-def linear_weights(model: Any) -> list[Any]:
+def linear_weights(model: Any, rank: int) -> list[Any]:
     from hf_pretrain_ext.gradnormlorp import projected_modules
 
-    return [module.weight for module in projected_modules(model, RANK).values()]
+    return [module.weight for module in projected_modules(model, rank).values()]
 
 
 def others(model: Any, weights: list[Any]) -> list[Any]:
@@ -108,10 +112,10 @@ def others(model: Any, weights: list[Any]) -> list[Any]:
     return [param for param in model.parameters() if id(param) not in chosen and param.requires_grad]
 
 
-def ours(model: Any, lr: float, **settings: Any) -> tuple[Any, Any]:
+def ours(model: Any, lr: float, rank: int = RANK, **settings: Any) -> tuple[Any, Any]:
     from hf_pretrain_ext.gradnormlorp import GradNormLoRP, param_groups
 
-    return model, GradNormLoRP(param_groups(model, rank=RANK), lr=lr, **settings)
+    return model, GradNormLoRP(param_groups(model, rank), lr=lr, **settings)
 
 
 def adamw(model: Any, lr: float) -> tuple[Any, Any]:
@@ -124,18 +128,18 @@ def adamw8bit(model: Any, lr: float) -> tuple[Any, Any]:
     return model, bitsandbytes.optim.AdamW8bit(model.parameters(), lr=lr, weight_decay=0.0)
 
 
-def galore(model: Any, lr: float) -> tuple[Any, Any]:
+def galore(model: Any, lr: float, rank: int = RANK) -> tuple[Any, Any]:
     from galore_torch import GaLoreAdamW
 
-    weights = linear_weights(model)
-    projected = {"params": weights, "rank": RANK, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    weights = linear_weights(model, rank)
+    projected = {"params": weights, "rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
     return model, GaLoreAdamW([{"params": others(model, weights)}, projected], lr=lr, weight_decay=0.0)
 
 
 def apollo(model: Any, lr: float) -> tuple[Any, Any]:
     from apollo_torch import APOLLOAdamW
 
-    weights = linear_weights(model)
+    weights = linear_weights(model, RANK)
     projected = {"params": weights, "rank": RANK, "proj": "random", "scale_type": "channel", "scale": 1.0}
     projected |= {"update_proj_gap": 200, "proj_type": "std"}
     return model, APOLLOAdamW([{"params": others(model, weights)}, projected], lr=lr, weight_decay=0.0)
@@ -392,23 +396,18 @@ SIZES = {"8M": (256, 8, 4096, 688), "40M": (512, 10, 8192, 1376)}
 
 def speed(folder: Path, pairs: int) -> list[dict[str, Any]]:
     """Seconds of `optimizer.step()` alone, one step of every arm a round; ratios are those of one round."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     rows = []
-    for size, (hidden, layers, vocabulary, inner) in SIZES.items():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            vocab_size=vocabulary,
-            intermediate_size=inner,
-            num_attention_heads=hidden // 64,
-            num_key_value_heads=hidden // 64,
-        )
+    for size, sizes in SIZES.items():
+        rank = sizes[0] // 4
+        makers: dict[str, Callable[[Any, float], tuple[Any, Any]]] = {
+            "AdamW8bit": adamw8bit,
+            "AdamW": adamw,
+            "GaLore": functools.partial(galore, rank=rank),
+            "ours": functools.partial(ours, rank=rank),
+        }
         arms = {}
-        for name, make in {"AdamW8bit": adamw8bit, "AdamW": adamw, "GaLore": galore, "ours": ours}.items():
-            globals()["RANK"] = hidden // 4
-            model, optimizer = make(LlamaForCausalLM(config), 1e-4)
+        for name, make in makers.items():
+            model, optimizer = make(llama(0, *sizes, 64), 1e-4)
             for param in model.parameters():
                 param.grad = torch.randn_like(param) * 1e-3
             optimizer.step()

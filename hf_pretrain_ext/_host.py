@@ -184,9 +184,8 @@ def prepare_dataset(trainer: Any, dataset: Any, name: str, training: bool) -> An
 
 def embeddings(model: Any) -> int | None:
     """Rows of the model's input embedding: token ids must lie below."""
-    try:
-        table = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
+    table = _end(model, "get_input_embeddings")
+    if table is None:
         return None
     number = getattr(table, "num_embeddings", None)
     return int(number) if number else getattr(getattr(model, "config", None), "vocab_size", None)
@@ -194,11 +193,15 @@ def embeddings(model: Any) -> int | None:
 
 def output_vocabulary(model: Any) -> int | None:
     """The number of classes that a language model's loss chooses among: labels must lie below."""
+    return getattr(_end(model, "get_output_embeddings"), "out_features", None) or embeddings(model)
+
+
+def _end(model: Any, getter: str) -> Any:
     try:
-        head = model.get_output_embeddings()
+        return getattr(model, getter)()
     except (AttributeError, NotImplementedError):
-        head = None
-    return getattr(head, "out_features", None) or embeddings(model)
+        # Modules of the user's own have no such method; transformers' without embeddings raise in it.
+        return None
 
 
 def positions(model: Any) -> tuple[int | None, bool]:

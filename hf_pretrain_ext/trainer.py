@@ -294,21 +294,21 @@ class PluginTrainerMixin(_Base):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         in_backward = self.is_deepspeed_enabled and self.accelerator.sync_gradients
-        if in_backward or self._norm_told_by_optimizer() is not None:
+        if in_backward or getattr(self._bare_optimizer(), "updated_in_backward", False):
             # DeepSpeed and layer-wise optimizers update the weights in the backward pass.
             self._plugin_run.updated_at = self.state.global_step
         self._plugin_run.nonfinite.loss(loss)
         return loss
 
-    def _norm_told_by_optimizer(self) -> torch.Tensor | None:
-        """The step's gradient norm, of an optimizer that updates inside backward and so leaves no gradients behind."""
-        tells = getattr(getattr(self.optimizer, "optimizer", self.optimizer), "gradient_norm", None)
-        return tells() if tells is not None else None
+    def _bare_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
-        told = self._norm_told_by_optimizer()
-        norm = norm if told is None else told
+        optimizer = self._bare_optimizer()
+        if getattr(optimizer, "updated_in_backward", False):
+            # It leaves no gradients behind to look at, and tells their norm itself.
+            norm = optimizer.gradient_norm()
         self._plugin_run.nonfinite.gradient_norm(norm)
         return norm
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,7 +223,9 @@ def compare(
     def row(name: str, weights: float, gradients: float, state: float) -> dict[str, Any]:
         return {"name": name, "weights": round(weights), "gradients": round(gradients), "state": round(state)}
 
-    eight: Callable[[float], float] = lambda numel: numel * (2 + blocks)  # noqa: E731
+    def eight(numel: float) -> float:
+        return numel * (2 + blocks)
+
     plan = memory(model, rank, bits, projector_bits, target_modules=target_modules, dtype=dtype)
     slow = memory(model, rank, bits, projector_bits, target_modules=target_modules, dtype=dtype, layerwise=True)
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -46,25 +47,6 @@ LAYOUT = ("rank", "proj_type", "bits", "projector_bits", "norm", "transposed")
 """Settings that decide what a state consists of: it loads only with the same ones."""
 
 TINY = torch.finfo(torch.float32).tiny
-
-DEFAULTS: dict[str, Any] = {
-    "lr": 1e-3,
-    "rank": None,
-    "update_proj_gap": 200,
-    "scale": 0.25,
-    "proj_type": "std",
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "weight_decay": 0.0,
-    "bits": 8,
-    "projector_bits": 8,
-    "norm": "out",
-    "tangential": False,
-    "on_refresh": "rotate",
-    "seed": 0,
-    "transposed": False,
-}
-"""Of the signature below, which a test compares."""
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -148,23 +130,8 @@ class GradNormLoRP(Optimizer):
         on_refresh: str = "rotate",
         seed: int = 0,
     ):
-        defaults = {
-            "lr": lr,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "bits": bits,
-            "projector_bits": projector_bits,
-            "norm": norm,
-            "tangential": tangential,
-            "on_refresh": on_refresh,
-            "seed": seed,
-            "transposed": False,
-        }
+        given = locals()
+        defaults = {name: given.get(name, default) for name, default in DEFAULTS.items()}
         self._hooks: list[RemovableHandle] = []
         self._updated: dict[Tensor, Tensor] = {}
         self._places: dict[Tensor, tuple[int, dict[str, Any]]] = {}
@@ -291,6 +258,11 @@ class GradNormLoRP(Optimizer):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    @property
+    def updated_in_backward(self) -> bool:
+        """Whether a backward has updated parameters since the last `step`."""
+        return bool(self._updated)
 
     def gradient_norm(self) -> Tensor | None:
         """Norm over all gradients that `step_in_backward` has used since the last step, before any clipping."""
@@ -544,6 +516,12 @@ def _elements(name: str, shape: torch.Size, group: dict[str, Any], dtype: torch.
             return shape[0] if (group["norm"] == "out") != group["transposed"] else shape[1]
         inside = other * rank
     return _span(name, 0, inside, moment_bits(inside, group["bits"])).stop
+
+
+DEFAULTS: dict[str, Any] = {
+    name: setting.default for name, setting in inspect.signature(GradNormLoRP).parameters.items() if name != "params"
+} | {"transposed": False}
+"""Settings of a group; `transposed`: whether the weight is stored `[in, out]`, as Conv1D's."""
 
 
 def settings_of(**settings: Any) -> dict[str, Any]:

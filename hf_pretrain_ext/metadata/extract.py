@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import unicodedata
@@ -76,7 +77,8 @@ def domain(address: Any) -> str | None:
     return _host(str(address)) if address is not None else None
 
 
-def _suffixes() -> Any:
+@functools.cache
+def _public_suffixes() -> Any:
     try:
         from publicsuffixlist import PublicSuffixList
     except ImportError as error:
@@ -87,13 +89,9 @@ def _suffixes() -> Any:
     return PublicSuffixList()
 
 
-_LIST: list[Any] = []
-
-
-def _public_suffixes() -> Any:
-    if not _LIST:
-        _LIST.append(_suffixes())
-    return _LIST[0]
+def _has_suffix(host: str | None) -> bool:
+    """Whether a host is a name: IP addresses have no suffix."""
+    return host is not None and not re.fullmatch(r"[\d.]+|.*:.*", host)
 
 
 def registered_domain(address: Any) -> str | None:
@@ -105,9 +103,7 @@ def registered_domain(address: Any) -> str | None:
     'bbc.co.uk'
     """
     host = domain(address)
-    if host is None or re.fullmatch(r"[\d.]+|.*:.*", host):
-        return host
-    return _public_suffixes().privatesuffix(host) or host
+    return (_public_suffixes().privatesuffix(host) or host) if _has_suffix(host) else host
 
 
 def url_suffix(address: Any) -> str | None:
@@ -119,9 +115,7 @@ def url_suffix(address: Any) -> str | None:
     'co.uk'
     """
     host = domain(address)
-    if host is None or re.fullmatch(r"[\d.]+|.*:.*", host):
-        return None
-    return _public_suffixes().publicsuffix(host)
+    return _public_suffixes().publicsuffix(host) if _has_suffix(host) else None
 
 
 def hashed(address: Any) -> str | None:

@@ -1,6 +1,6 @@
 """GradNormLoRP beside what one would use instead: loss, bytes of state and speed.
 
-`python benchmarks/gradnormlorp.py pretrain|options|shift|speed|refresh|memory|report [--output FOLDER]`
+`python benchmarks/gradnormlorp.py pretrain|options|shift|speed|throughput|refresh|memory|report [--output FOLDER]`
 
     pretrain   a Llama of 1.3M parameters on Python's standard library, 1M tokens an arm: AdamW, AdamW8bit
                (bitsandbytes), GaLore (galore-torch), APOLLO (apollo-torch), LoRA, DoRA (PEFT), ours. Each at its
@@ -9,6 +9,7 @@
     options    the same for settings of ours, one changed at a time
     shift      the demo's shift, English prose to Python sources: what some of these arms learn and forget
     speed      seconds a step of the optimizer alone, arms interleaved
+    throughput tokens a second of whole training steps, arms interleaved
     refresh    a new basis against `torch.linalg.svd`, on gradients of a trained model and on white noise
     memory     bytes at LLaMA-7B's shapes
     report     what FOLDER holds, as docs/gradnormlorp.md
@@ -122,6 +123,13 @@ def adamw(model: Any, lr: float) -> tuple[Any, Any]:
     return model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
+def adamw_quarter(model: Any, lr: float) -> tuple[Any, Any]:
+    """The control that the low-rank tables lack: they train the matrices at `scale` 0.25 of the others' rate."""
+    weights = linear_weights(model, RANK)
+    groups = [{"params": others(model, weights)}, {"params": weights, "lr": 0.25 * lr}]
+    return model, torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
+
+
 def adamw8bit(model: Any, lr: float) -> tuple[Any, Any]:
     import bitsandbytes
 
@@ -169,6 +177,7 @@ Arm = Callable[..., tuple[Any, Any]]
 ARMS: dict[str, tuple[Arm, dict[str, Any], float]] = {
     "AdamW": (adamw, {}, 3e-3),
     "AdamW8bit": (adamw8bit, {}, 3e-3),
+    "AdamW, matrices at a quarter": (adamw_quarter, {}, 1e-2),
     "GaLore": (galore, {}, 1e-2),
     "APOLLO": (apollo, {}, 1e-2),
     "LoRA": (lora, {}, 3e-3),
@@ -440,6 +449,31 @@ def speed(folder: Path, pairs: int) -> list[dict[str, Any]]:
     return rows
 
 
+def throughput(pairs: int) -> list[dict[str, Any]]:
+    """Tokens a second of whole training steps on the model of `pretrain`, one step of every arm a round."""
+    arms = {name: make(build_model(0), 1e-4, **settings) for name, (make, settings, _) in ARMS.items()}
+    ids = torch.randint(VOCABULARY, (BATCH, LENGTH))
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(pairs + 2):
+        for name in list(arms)[:: 1 if turn % 2 else -1]:
+            model, optimizer = arms[name]
+            began = time.perf_counter()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if turn >= 2:
+                times[name].append(time.perf_counter() - began)
+    rows = []
+    for name, seconds in times.items():
+        ratio = interval([its / plain for its, plain in zip(seconds, times["AdamW"], strict=True)])
+        rows.append({"arm": name, "tokens_per_second": BATCH * LENGTH / statistics.median(seconds), "ratio": ratio})
+        print(f"{name:30} {rows[-1]['tokens_per_second']:8.0f} tokens/s, {ratio[0]:.2f} of AdamW's time", flush=True)
+    return rows
+
+
 def trained_gradients(folder: Path, steps: int = 60) -> dict[str, torch.Tensor]:
     """Gradients of a model after some steps, of all its projected matrices."""
     from hf_pretrain_ext.gradnormlorp import projected_modules
@@ -603,6 +637,17 @@ def page(folder: Path) -> str:
             "in one round. bitsandbytes is weak on a CPU.",
         ),
         *section(
+            "throughput",
+            "Tokens a second",
+            "optimizer | tokens a second: | seconds ÷ AdamW's:",
+            lambda row: (
+                f"| {row['arm']} | {row['tokens_per_second']:.0f} | {row['ratio'][0]:.2f} "
+                f"({row['ratio'][1]:.2f} to {row['ratio'][2]:.2f}) |"
+            ),
+            "Whole training steps of the model of the first table, interleaved; the ratio in one round, with the "
+            "bootstrap 95 % interval of its median. New bases are made in some of these steps.",
+        ),
+        *section(
             "refresh",
             "A new basis",
             "matrix | range finder: | full SVD: | times cheaper: | energy, of the SVD's:",
@@ -630,11 +675,12 @@ def page(folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["pretrain", "options", "shift", "speed", "refresh", "memory", "report"])
+    whats = ["pretrain", "options", "shift", "speed", "throughput", "refresh", "memory", "report"]
+    parser.add_argument("what", choices=whats)
     parser.add_argument("--output", default="gradnormlorp_benchmark", help="folder of what is finished")
     parser.add_argument("--arms", nargs="*", help="some arms only")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many, at the best rate")
-    parser.add_argument("--pairs", type=int, default=20, help="rounds of `speed`")
+    parser.add_argument("--pairs", type=int, default=20, help="rounds of `speed` and `throughput`")
     given = parser.parse_args()
     folder = Path(given.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -645,6 +691,8 @@ def main() -> None:
         return
     if given.what == "speed":
         rows = speed(folder, given.pairs)
+    elif given.what == "throughput":
+        rows = throughput(given.pairs)
     elif given.what == "shift":
         rows = shift(Runs(folder))
     elif given.what == "refresh":

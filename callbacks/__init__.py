@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from hf_pretrain_ext.callbacks.buffer import BufferCallback
 from hf_pretrain_ext.callbacks.forgetting import ForgettingCallback
 from hf_pretrain_ext.callbacks.gradnormlorp import GradNormLoRPCallback
+from hf_pretrain_ext.callbacks.meta_tokens import MetaTokensCallback
 from hf_pretrain_ext.callbacks.metadata import MetadataCallback
 from hf_pretrain_ext.callbacks.replay import ReplayCallback
+from hf_pretrain_ext.callbacks.reptile import ReptileCallback
 from hf_pretrain_ext.callbacks.rewarm import RewarmCallback
 
-__all__ = ["ForgettingCallback", "GradNormLoRPCallback", "MetadataCallback", "ReplayCallback", "RewarmCallback"]
+__all__ = [
+    "BufferCallback",
+    "ForgettingCallback",
+    "GradNormLoRPCallback",
+    "MetaTokensCallback",
+    "MetadataCallback",
+    "ReplayCallback",
+    "ReptileCallback",
+    "RewarmCallback",
+]

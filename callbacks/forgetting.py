@@ -12,12 +12,23 @@ from pathlib import Path
 from typing import Any, cast
 
 from hf_pretrain_ext import _host, data
-from hf_pretrain_ext.forgetting import WEIGHT, ForgettingConfig, History, heldout_loss, is_probe_step, probe_steps
+from hf_pretrain_ext.forgetting import (
+    WEIGHT,
+    ForgettingConfig,
+    History,
+    Past,
+    heldout_loss,
+    is_probe_step,
+    past_of,
+    probe_steps,
+)
 from hf_pretrain_ext.loader import loss_tokens
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
 from hf_pretrain_ext.report.plots import forgetting_plot, have_matplotlib
 from hf_pretrain_ext.rng import rng_guard
 from hf_pretrain_ext.row_checks import faults_of_rows, looked_up
+from hf_pretrain_ext.sources import identified
+from hf_pretrain_ext.stages import Beginning
 from hf_pretrain_ext.trace import plain
 from hf_pretrain_ext.units import to_steps
 from hf_pretrain_ext.values import is_number, shown
@@ -34,6 +45,10 @@ class ForgettingCallback(TrainerPlugin):
     is), then regularly and after the last. Each is logged as `eval_<set>_loss` and `eval_<set>_perplexity`, which
     `metric_for_best_model`, `load_best_model_at_end` and early stopping can use. At the end `forgetting.json` and
     `forgetting.png` lie in `output_dir`, with the figures defined in `hf_pretrain_ext.forgetting`.
+
+    In a stage begun with `continue_from`, a set that earlier stages measured on the same rows has figures over the
+    whole life besides, logged as `life_forgetting_<set>` (loss now − lowest of earlier stages), `life_gain_<set>`
+    (first loss of the life − now) and, over all such sets, `backward_transfer`.
 
     Training is bit-identical with and without it. Cost: one forward pass over `max_samples` rows a set and probe.
 
@@ -86,6 +101,8 @@ class ForgettingCallback(TrainerPlugin):
         self.history = History()
         self._prepared: dict[str, Any] = {}
         self._prepared_for: Any = None
+        self._fingerprints: dict[str, str] = {}
+        self._pasts: dict[str, Past] = {}
         self._alerted: list[str] = []
         self._stopped = False
 
@@ -117,10 +134,11 @@ class ForgettingCallback(TrainerPlugin):
                     "Rename one of them.",
                 )
             if self._prepared_for is not setup.trainer:
-                self._prepared, self._prepared_for = {}, setup.trainer
+                self._prepared, self._fingerprints, self._prepared_for = {}, {}, setup.trainer
             if name not in self._prepared:
                 self._prepared[name] = setup.prepare(dataset, name, training=False)
             yield from self._check_set(who, self._prepared[name], setup)
+            yield from self._check_past(who, name, setup)
 
     def _check_set(self, who: str, dataset: Any, setup: Setup) -> Iterable[Problem]:
         try:
@@ -153,6 +171,26 @@ class ForgettingCallback(TrainerPlugin):
                     "Hold out whole documents, or its loss says little about what was learned.",
                     level="note",
                 )
+
+    def _check_past(self, who: str, name: str, setup: Setup) -> Iterable[Problem]:
+        """A set of a name that earlier stages know, and of other rows."""
+        measured = _measured(setup.beginning, name)
+        if measured and past_of(measured, self._fingerprint(name)) is None:
+            yield Problem(
+                who,
+                f"is not the set of that name in stage {measured[-1][0]!r} (other rows): its figures over the life of "
+                "the model start anew",
+                "Pass the same rows, with the same max_samples, to go on with them.",
+                level="note",
+            )
+
+    def _fingerprint(self, name: str) -> str:
+        """Of the rows that probes read."""
+        if name not in self._fingerprints:
+            dataset = self._prepared[name]
+            rows = min(len(dataset), self.config.max_samples)
+            self._fingerprints[name] = f"{identified(dataset)}-{rows}"
+        return self._fingerprints[name]
 
     def _check_batches(
         self, who: str, dataset: Any, rows: list[Any], sampled: list[int], collate: Any, setup: Setup
@@ -212,12 +250,18 @@ class ForgettingCallback(TrainerPlugin):
     # Life cycle
 
     def begin(self) -> None:
+        began = self.run.beginning if self.run else Beginning()
+        found = {name: past_of(_measured(began, name), self._fingerprint(name)) for name in self._prepared}
+        self._pasts = {name: past for name, past in found.items() if past is not None}
         self.history = History()
         self._alerted = []
         self._stopped = False
 
     def state(self) -> dict[str, Any]:
         return {"sets": self.history.sets, "alerted": self._alerted, "stopped": self._stopped}
+
+    def recorded(self) -> dict[str, Any]:
+        return self.history.recorded({name: self._fingerprint(name) for name in self.history.sets})
 
     def load_state(self, state: dict[str, Any]) -> None:
         # Sets may be added and removed between a run and its resume; those that are gone are not carried along.
@@ -232,7 +276,11 @@ class ForgettingCallback(TrainerPlugin):
             self._probe(control)
         if self._stopped and self.run is not None:
             control.should_training_stop = True
-            self.run.say("this run was stopped (stop_if): there is nothing to resume", logging.WARNING)
+            self.run.say(
+                "this run was stopped (stop_if): there is nothing to resume; continue_from(trainer, checkpoint) "
+                "begins a new stage",
+                logging.WARNING,
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._is_due(state.global_step) or control.should_training_stop:
@@ -243,7 +291,8 @@ class ForgettingCallback(TrainerPlugin):
             return
         self._write()
         self.run.trace("forgetting", summary=self.history.summary())
-        self.run.say("\n".join(self.history.table()))
+        life = [f"{name} {value:+.3f}" for name, value in self.history.life(self._pasts).items()]
+        self.run.say("\n".join([*self.history.table(), *([f"over the life: {', '.join(life)}"] if life else [])]))
         self._draw()
 
     def eval_metrics(self) -> dict[str, float]:
@@ -277,7 +326,7 @@ class ForgettingCallback(TrainerPlugin):
                 )
                 nll, tokens = run.sum_over_ranks(sums).tolist()
                 self.history.add(name, run.step, nll / tokens if tokens else math.nan, int(tokens))
-        run.log(self.history.scalars())
+        run.log({**self.history.scalars(), **self.history.life(self._pasts)})
         run.trace("probe", losses=self.history.scalars(), seconds=round(time.perf_counter() - began, 3))
         if run.is_main:
             self._write()
@@ -327,7 +376,7 @@ class ForgettingCallback(TrainerPlugin):
         if self.run is None:
             return
         folder = Path(self.run.output_dir)
-        content = json.dumps(plain(self.history.to_json()), indent=1, allow_nan=False)
+        content = json.dumps(plain(self.history.to_json(self._pasts)), indent=1, allow_nan=False)
         temporary = folder / "forgetting.json.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -345,6 +394,12 @@ class ForgettingCallback(TrainerPlugin):
             forgetting_plot({"this run": self.history.to_json()}, path)
         except OSError as error:
             self.run.say(f"{path} cannot be written ({error})", logging.WARNING)
+
+
+def _measured(began: Beginning, name: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """What earlier stages recorded of the set `name`, by stage."""
+    found = [(stage.name, (stage.recorded.get(ForgettingCallback.name) or {}).get(name)) for stage in began.history]
+    return [(stage, entry) for stage, entry in found if isinstance(entry, Mapping)]
 
 
 def _is_empty(dataset: Any) -> bool:

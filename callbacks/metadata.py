@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, cast, get_args
 
-from hf_pretrain_ext import data
+from transformers import DefaultDataCollator, default_data_collator
+
+from hf_pretrain_ext import _host, data
 from hf_pretrain_ext.checks import in_order, isolation_problems, stream_problems
 from hf_pretrain_ext.lengths import run_length
-from hf_pretrain_ext.metadata.documents import (
-    Overflow,
-    Views,
-    checked_drop,
-    checked_overflow,
-    checked_template,
-    prepare,
-    prepare_views,
-)
+from hf_pretrain_ext.metadata.control import SECTION as CONTROL_SECTION
+from hf_pretrain_ext.metadata.control import ControlTokens
+from hf_pretrain_ext.metadata.documents import MetadataReport, Views, prepare, prepare_in_order, prepare_views
 from hf_pretrain_ext.metadata.extract import MAX_CHARACTERS
-from hf_pretrain_ext.metadata.stream import BlockStream
+from hf_pretrain_ext.metadata.layout import Overflow
+from hf_pretrain_ext.metadata.source import checked_condition, checked_drop, checked_overflow
+from hf_pretrain_ext.metadata.stream import BlockStream, StreamReport
 from hf_pretrain_ext.metadata.template import MISSING, SECTION, Missing, Template
 from hf_pretrain_ext.packing import PackedCollator, check_sizes
 from hf_pretrain_ext.plan import SamplePlan, Segment, Source
 from hf_pretrain_ext.plan.mixture import MAX_WEIGHT, integer_weights
 from hf_pretrain_ext.plugin import PluginError, Problem, Setup, TrainerPlugin
-from hf_pretrain_ext.streams import first_rows
+from hf_pretrain_ext.streams import StreamError, first_rows
 from hf_pretrain_ext.units import to_point, to_steps
 from hf_pretrain_ext.values import check_flag, shown
+from hf_pretrain_ext.vocabulary import check_embeddings, fit_embeddings, is_fitted, trains_rows
 
 __all__ = ["MetadataCallback"]
 
@@ -51,17 +50,23 @@ class _Made:
 
 
 class MetadataCallback(TrainerPlugin):
-    """Trains on documents behind their metadata, and for the last part of the run on plain ones, in one run (MeCo).
+    """Trains on documents behind their metadata or a control token, and at last on plain ones, in one run (MeCo).
 
     The Trainer is given raw documents, one a row, its tokenizer as `processing_class` and a [`PackedCollator`]; their
     text and metadata become blocks of `block_size` tokens, as [`metadata.prepare`] makes them. Documents of the
     cooldown are others than those before it. Schedule and optimizer go on across the boundary, which lies between two
     optimizer steps. Raw documents that other plug-ins replay or evaluate on become plain blocks.
 
+    With `control`, a control token stands before each text (conditional training). The tokenizer gets the tokens at
+    `extend`, the model rows for them when training begins, and checkpoints hold both; what a model was trained with is
+    in its config.
+
     Args:
-        template ([`Template`] or `str`, *optional*, defaults to `"URL: {domain}\\n\\n"`): the metadata (MeCo);
-            the values of a `Template` stand in for `columns`, `missing`, `constant` and `max_characters`.
+        template ([`Template`] or `str`, *optional*): the metadata, by default `"URL: {domain}\\n\\n"` (MeCo), with
+            `control` none; the values of a `Template` stand in for `columns`, `missing`, `constant` and
+            `max_characters`.
         block_size (`int`): tokens a block, which is a sample.
+        control ([`ControlTokens`], *optional*): control tokens before documents or segments, chosen by a score.
         columns (`dict`, *optional*): where a field of the template comes from; see [`Template`].
         cooldown (`float`, `int` or `str`, *optional*, defaults to `0.1`): the plain part of the run: a fraction, steps
             as an int, or with its unit (`"2B tokens"`); 0 for none (MeCo, 2.2: 10 %).
@@ -99,9 +104,10 @@ class MetadataCallback(TrainerPlugin):
 
     def __init__(
         self,
-        template: Template | str = "URL: {domain}\n\n",
+        template: Template | str | None = None,
         *,
         block_size: int,
+        control: ControlTokens | None = None,
         columns: Mapping[str, Any] | None = None,
         cooldown: float | int | str = 0.1,
         schedule: str = "staged",
@@ -115,14 +121,16 @@ class MetadataCallback(TrainerPlugin):
         num_proc: int | None = None,
     ):
         values = {"columns": columns, "missing": missing, "constant": constant, "max_characters": max_characters}
-        if isinstance(template, Template):
-            defaults = {"columns": None, "missing": "constant", "constant": MISSING, "max_characters": MAX_CHARACTERS}
-            if twice := [name for name, value in values.items() if value != defaults[name]]:
-                raise ValueError(f"{', '.join(twice)} beside a Template, which has its own. Set them in the Template")
-            self.template = template
-        else:
-            checked_template(template)
-            self.template = Template(template, columns or {}, cast(Missing, missing), constant, max_characters)
+        defaults = {"columns": None, "missing": "constant", "constant": MISSING, "max_characters": MAX_CHARACTERS}
+        apart = [name for name, value in values.items() if value != defaults[name]]
+        self.template, self.control = checked_condition(template, control)
+        if apart and isinstance(template, Template):
+            raise ValueError(f"{', '.join(apart)} beside a Template, which has its own. Set them in the Template")
+        if apart and self.template is None:
+            raise ValueError(f"{', '.join(apart)} without a template, of which there is none beside control. Pass one")
+        if self.template is not None and not isinstance(template, Template):
+            text = self.template.text
+            self.template = Template(text, columns or {}, cast(Missing, missing), constant, max_characters)
         if schedule not in get_args(Schedule):
             raise ValueError(f"schedule must be one of {get_args(Schedule)}, got {shown(schedule)}")
         check_sizes(block_size, None, num_proc)
@@ -143,7 +151,8 @@ class MetadataCallback(TrainerPlugin):
 
     def settings(self) -> dict[str, Any]:
         return {
-            "template": self.template.to_json(),
+            "template": None if self.template is None else self.template.to_json(),
+            "control": None if self.control is None else self.control.to_json(),
             "block_size": self.block_size,
             "cooldown": self.cooldown,
             "schedule": self.kind,
@@ -158,6 +167,12 @@ class MetadataCallback(TrainerPlugin):
     def prepare_data(self, setup: Setup) -> Any:
         args, dataset, tokenizer = setup.args, setup.trainer.train_dataset, setup.processing_class
         key = (setup.seed, setup.global_batch, args.max_steps, args.num_train_epochs, args.dataloader_drop_last)
+        if self.control is not None and tokenizer is not None:
+            try:
+                # Every rank has a tokenizer of its own.
+                self.control.add_to(tokenizer)
+            except ValueError as error:
+                raise self._unfit(error) from error
         made = self._made
         if made and made.dataset is dataset and made.tokenizer is tokenizer and made.key == key:
             return made.rows
@@ -176,6 +191,7 @@ class MetadataCallback(TrainerPlugin):
         from datasets import concatenate_datasets
 
         common: dict[str, Any] = {
+            "control": self.control,
             "text_column": self.text_column,
             "isolate": self.isolate,
             "overflow": self.overflow,
@@ -186,7 +202,9 @@ class MetadataCallback(TrainerPlugin):
         if data.is_stream(dataset):
             return self._streamed(setup, dataset, tokenizer, key, common, plain)
         if not plain:
-            rows, report = prepare(dataset, tokenizer, self.block_size, self.template, **common, return_report=True)
+            rows, report = prepare_in_order(
+                dataset, tokenizer, self.block_size, self.template, seed=setup.seed, **common
+            )
             return _Made(dataset, tokenizer, key, rows, rows, None, {"conditioned": report})
         views: Views = prepare_views(
             dataset,
@@ -223,14 +241,21 @@ class MetadataCallback(TrainerPlugin):
             )
             for conditioned in (True, False)
         ]
-        # What is wrong with the rows, before training.
-        if not first_rows(views[0], 1) or (plain and not first_rows(views[1], 1)):
-            raise ValueError("the train_dataset is a stream of too few documents for two views. Pass a longer one")
-        return _Made(dataset, tokenizer, key, views[0], views[0], views[1] if plain else None, {})
+        # What is wrong with the rows comes up here, before training.
+        try:
+            reports = {"conditioned": views[0].report(), **({"plain": views[1].report()} if plain else {})}
+        except StreamError:
+            raise ValueError(
+                "the train_dataset is a stream of too few documents for two views. Pass a longer one"
+            ) from None
+        return _Made(dataset, tokenizer, key, views[0], views[0], views[1] if plain else None, reports)
 
     def prepare_beside(self, dataset: Any, setup: Setup) -> Any:
         names = getattr(dataset, "column_names", None) or ()
-        if data.is_stream(dataset) or self.text_column not in names or "input_ids" in names:
+        segments = self.control.segments if self.control is not None else None
+        # Documents that come as texts may stand beside others that come in segments.
+        of_segments = isinstance(segments, str) and segments in names
+        if data.is_stream(dataset) or not (of_segments or self.text_column in names) or "input_ids" in names:
             return dataset
         try:
             with setup.args.main_process_first(desc="preparing documents"):
@@ -238,6 +263,7 @@ class MetadataCallback(TrainerPlugin):
                     dataset,
                     setup.processing_class,
                     self.block_size,
+                    control=self.control if of_segments else None,
                     conditioned=False,
                     text_column=self.text_column,
                     isolate=self.isolate,
@@ -259,7 +285,7 @@ class MetadataCallback(TrainerPlugin):
         elif data.is_stream(dataset):
             for message, fix in stream_problems(dataset):
                 yield Problem(self.name, f"the train_dataset {message}", fix)
-        elif "input_ids" in (names := getattr(dataset, "column_names", ())) and self.text_column not in names:
+        elif "input_ids" in (names := getattr(dataset, "column_names", ())) and not self._documents_in(names):
             yield Problem(
                 self.name,
                 f"the train_dataset is tokenized already (columns {sorted(names)}), and metadata goes before raw text",
@@ -272,11 +298,92 @@ class MetadataCallback(TrainerPlugin):
             yield Problem(
                 self.name, "the Trainer has no tokenizer", "Pass `processing_class=tokenizer` to the Trainer."
             )
-        if not isinstance(collator, PackedCollator):
+        joined = not self.isolate and (collator is default_data_collator or isinstance(collator, DefaultDataCollator))
+        if not isinstance(collator, PackedCollator) and not joined:
+            does = "does not keep documents apart" if self.isolate else "may make labels of its own"
             yield Problem(
                 self.name,
-                f"the Trainer's data_collator is a {type(collator).__name__}, which does not keep documents apart",
+                f"the Trainer's data_collator is a {type(collator).__name__}, which {does}",
                 "Pass `data_collator=PackedCollator()` to the Trainer.",
+            )
+
+    def _documents_in(self, names: Sequence[str]) -> bool:
+        segments = self.control.segments if self.control is not None else None
+        return (segments if isinstance(segments, str) else self.text_column) in names
+
+    # The model
+
+    def new_rows(self, setup: Setup) -> int:
+        if self.control is None or setup.processing_class is None:
+            return 0
+        return 1 + max(self._control_ids(setup.processing_class))
+
+    def _control_ids(self, tokenizer: Any) -> list[int]:
+        return [] if self.control is None else self.control.add_to(tokenizer)
+
+    def wrap_model(self, model: Any) -> Any:
+        # In the config, what the model was trained with is saved wherever the model is.
+        for section, given in ((SECTION, self.template), (CONTROL_SECTION, self.control)):
+            if given is not None:
+                setattr(model.config, section, given.to_json())
+        if self.control is not None and self._made is not None:
+            fit_embeddings(model, self._made.tokenizer, self._control_ids(self._made.tokenizer))
+        return model
+
+    def _model_problems(self, setup: Setup) -> Iterable[Problem]:
+        kind, model = getattr(setup.model, "loss_type", None), setup.model
+        if kind not in (None, "ForCausalLM") or getattr(model.config, "is_encoder_decoder", False):
+            yield Problem(
+                self.name,
+                f"{type(model).__name__} is no causal language model: it would be asked for tokens that it reads",
+                "Use a ...ForCausalLM model.",
+            )
+            return
+        if not self.isolate and self._positions_are_lost(setup):
+            yield Problem(
+                self.name,
+                f"{type(model).__name__} takes no position_ids, without which a PackedCollator makes no batches",
+                "Pass `data_collator=default_data_collator` (of transformers) to the Trainer: documents that are not "
+                "isolated need nothing else.",
+            )
+        yield from self._control_problems(setup)
+
+    def _positions_are_lost(self, setup: Setup) -> bool:
+        rows = cast(_Made, self._made).conditioned
+        (stripped,), collate = setup.stripped([rows])
+        try:
+            collate(first_rows(stripped, 1) if data.is_stream(rows) else [stripped[0]])
+        except ValueError:
+            return isinstance(setup.trainer.data_collator, PackedCollator)
+        return False
+
+    def _control_problems(self, setup: Setup) -> Iterable[Problem]:
+        if self.control is None:
+            return
+        model, tokenizer = setup.model, setup.processing_class
+        ids = self._control_ids(tokenizer)
+        fitted = [is_fitted(model, token, number) for token, number in zip(self.control.tokens, ids, strict=True)]
+        if not all(fitted):
+            try:
+                check_embeddings(model)
+            except ValueError as error:
+                yield from self._unfit(error).problems
+                return
+        rows = _host.embeddings(model)
+        if setup.given_optimizer and rows is not None and max(ids) >= rows:
+            yield Problem(
+                self.name,
+                "the Trainer was built with its own optimizer, which would not train the rows that the model gets for "
+                "the control tokens",
+                "Build the Trainer without `optimizers`, or give the model its rows before its optimizer is made: "
+                "vocabulary.fit_embeddings(model, tokenizer, vocabulary.add_tokens(tokenizer, tokens)).",
+            )
+        if not trains_rows(model, ids, all(fitted)):
+            yield Problem(
+                self.name,
+                "the embeddings are frozen and those of all control tokens are the same, so that the model could not "
+                "tell them apart",
+                "Train them: with an adapter, by LoraConfig(trainable_token_indices=ids).",
             )
 
     # The plan
@@ -335,13 +442,9 @@ class MetadataCallback(TrainerPlugin):
         number = None if train.num_rows is None else len(rows)
         return Source(name, number, order=train.order, dataset=rows, lengths=lengths)
 
-    def wrap_model(self, model: Any) -> Any:
-        # In the config, the template is saved wherever the model is.
-        setattr(model.config, SECTION, self.template.to_json())
-        return model
-
     def check(self, setup: Setup) -> Iterable[Problem]:
         made = cast(_Made, self._made)
+        yield from self._model_problems(setup)
         if data.is_stream(made.rows) and self.isolate and not setup.trainer.is_deepspeed_enabled:
             yield from isolation_problems(setup.model)
         try:
@@ -350,14 +453,7 @@ class MetadataCallback(TrainerPlugin):
             yield from self._unfit(error).problems
             return
         for name, report in made.reports.items():
-            if report.missing and self.template.missing != "error":
-                what = f"have {self.template.constant!r} for it" if self.template.missing == "constant" else "go plain"
-                yield Problem(
-                    self.name,
-                    f"{report.missing:,} of {report.documents:,} {name} documents lack a value and {what}",
-                    "Pass missing='error' to be told which.",
-                    level="note",
-                )
+            yield from self._missing(name, report)
         plan = self._whole_plan(plan, setup)
         draws = run_length(setup.args, plan.epoch, setup.global_batch)[1] * setup.global_batch
         for source, needed in zip(plan.sources, plan.expected_counts(draws), strict=True):
@@ -369,6 +465,25 @@ class MetadataCallback(TrainerPlugin):
                     "Pass more documents if each is to be seen once.",
                     level="note",
                 )
+
+    def _missing(self, name: str, report: MetadataReport | StreamReport) -> Iterable[Problem]:
+        first = f" of the first {report.blocks:,} blocks" if isinstance(report, StreamReport) else ""
+        if report.missing and self.template is not None and self.template.missing != "error":
+            what = f"have {self.template.constant!r} for it" if self.template.missing == "constant" else "go plain"
+            yield Problem(
+                self.name,
+                f"{report.missing:,} of {report.documents:,} {name} documents{first} lack a value and {what}",
+                "Pass missing='error' to be told which.",
+                level="note",
+            )
+        if report.missing_scores:
+            yield Problem(
+                self.name,
+                f"{report.missing_scores:,} of {report.segments:,} {name} texts{first} lack a score and go without a "
+                "control token",
+                "Pass ControlTokens(missing='error') to be told which.",
+                level="note",
+            )
 
     @staticmethod
     def _whole_plan(alone: SamplePlan, setup: Setup) -> SamplePlan:
@@ -412,7 +527,10 @@ class MetadataCallback(TrainerPlugin):
         for name in [name for name in when if name in counts]:
             tokens, report = counts[name] * self.block_size, made.reports.get(name)
             of = "from a stream"
-            if report is not None:
+            if isinstance(report, StreamReport):
+                share = report.padded / (report.blocks * report.block_size)
+                of += f", {share:.1%} of its first {report.blocks:,} blocks padded"
+            elif report is not None:
                 passes = f"{counts[name] / report.blocks:.2f} passes over {report.blocks:,} blocks"
                 of = f"{passes} of {report.documents:,} documents"
             lines.append(f"metadata: {name} in {when[name]}: {counts[name]:,.0f} samples, {tokens:,.0f} tokens, {of}")
@@ -425,7 +543,10 @@ class MetadataCallback(TrainerPlugin):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if self.run is not None and self._made is not None:
-            reports = {name: dataclasses.asdict(report) for name, report in self._made.reports.items()}
+            reports = {
+                name: {**dataclasses.asdict(report), "sampled": isinstance(report, StreamReport)}
+                for name, report in self._made.reports.items()
+            }
             self.run.trace("metadata", boundary=self._boundary(), **reports)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -14,11 +14,13 @@ import numpy as np
 from hf_pretrain_ext import data
 from hf_pretrain_ext.checks import stream_problems
 from hf_pretrain_ext.lengths import run_length
+from hf_pretrain_ext.past_data import ReplayedHistory
 from hf_pretrain_ext.plan import SamplePlan, Source
 from hf_pretrain_ext.plan.plan import Unit
-from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
+from hf_pretrain_ext.plugin import PluginError, Problem, Setup, TrainerPlugin
 from hf_pretrain_ext.replay import Change, Mode, ReplayConfig, realised_ratio, stage_draws, with_replay
 from hf_pretrain_ext.row_checks import Fault, faults_of_rows, looked_up
+from hf_pretrain_ext.sources import identified
 from hf_pretrain_ext.units import to_point
 from hf_pretrain_ext.values import check_flag, reason, shown
 
@@ -36,9 +38,10 @@ class ReplayCallback(TrainerPlugin):
     (`replay_ratio_tokens`), with several sources also by source (`share_<name>`, `share_<name>_tokens`).
 
     Args:
-        dataset (dataset or `dict[str, dataset]`): old data, prepared like the training data: the same columns, the
-            same tokenizer. One dataset, or several by name. Map-style, or a stream (`datasets.IterableDataset`), whose
-            rows come in the stream's order. For an `SFTTrainer`, raw data will do: the trainer prepares it as its own.
+        dataset (dataset or `dict[str, dataset]`, *optional*): old data, prepared like the training data: the same
+            columns, the same tokenizer. One dataset, or several by name. Map-style, or a stream
+            (`datasets.IterableDataset`), whose rows come in the stream's order. For an `SFTTrainer`, raw data will do:
+            the trainer prepares it as its own. Left out only with `from_history`.
         ratio (`float`, *optional*, defaults to `0.05`): the recipe of Ibrahim et al. (2024): 5 % for a weak shift
             of domain, 25 % for a strong one.
         mode (`str`, *optional*, defaults to `"equivalent"`): `"equivalent"` keeps the length of the run and sees less
@@ -50,9 +53,18 @@ class ReplayCallback(TrainerPlugin):
         unit (`str`, *optional*, defaults to `"samples"`): what `ratio` and `weights` are shares of: `"samples"` or
             `"tokens"`. For blocks of one length the two are the same.
         weights (`dict[str, float]`, *optional*): with several datasets, the share of each in what is replayed, in any
-            scale. Defaults to their sizes (rows, or tokens with `unit="tokens"`); needed where one is a stream.
+            scale. Defaults to their sizes (rows, or tokens with `unit="tokens"`); needed where one is a stream. With
+            `from_history` in tokens, by default those that were seen.
         ratio_changes (`dict`, *optional*): later ratios by the point of the run from which they hold: an int is a
             step, a float below 1 a fraction of the run, a string says its unit: `{0.5: 0.1, "2B tokens": 0.05}`.
+        from_history (`bool`, *optional*, defaults to `False`): in a stage begun with `continue_from`, replay what all
+            earlier stages read, under the names of `stages.json`. Each source has a share in what is replayed in
+            proportion to the tokens that the model's life has seen of it, which gives the weights of the released
+            multi-stage configurations of Ibrahim et al. (2024). Rows are opened again from their cache files.
+        data (`dict[str, dataset]`, *optional*): with `from_history`: rows for sources by name, prepared like
+            `dataset`: those that cannot be opened again, those that something else is to stand in for (public data
+            like it, text that the model generated), and `"base"` for what a base without history was trained on, which
+            needs `weights`.
         tokenizer (tokenizer or `str`, *optional*): what the old data was tokenized with, to be compared with the
             trainer's own.
         allow_no_effect (`bool`, *optional*, defaults to `False`): accept a ratio of 0 all along.
@@ -77,7 +89,7 @@ class ReplayCallback(TrainerPlugin):
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: Any = None,
         ratio: float = 0.05,
         mode: str = "equivalent",
         order: str = "shuffled",
@@ -85,6 +97,8 @@ class ReplayCallback(TrainerPlugin):
         unit: str = "samples",
         weights: Mapping[str, float] | None = None,
         ratio_changes: Mapping[int | float | str, float] | None = None,
+        from_history: bool = False,
+        data: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
         allow_no_effect: bool = False,
     ):
@@ -101,8 +115,10 @@ class ReplayCallback(TrainerPlugin):
                 raise ValueError(
                     f"ratio_changes must hold points after the start, got {shown(point)}: that is `ratio`"
                 )
-        self.datasets = _named(dataset)
-        if self.config.weights and set(self.config.weights) != set(self.datasets):
+        self.from_history = check_flag("from_history", from_history)
+        self.past = _past(self.from_history, dataset, data)
+        self.datasets = {} if self.past is not None else _named(dataset)
+        if self.past is None and self.config.weights and set(self.config.weights) != set(self.datasets):
             raise ValueError(
                 f"weights must name the datasets {sorted(self.datasets)}, got {sorted(self.config.weights, key=str)}"
             )
@@ -113,7 +129,12 @@ class ReplayCallback(TrainerPlugin):
         self._lengths: list[tuple[Any, Any, float | None]] = []
 
     def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.config)
+        given = dataclasses.asdict(self.config)
+        # Left out where it is as in checkpoints that do not know of it.
+        return {**given, "from_history": True} if self.from_history else given
+
+    def recorded(self) -> dict[str, Any]:
+        return {} if self.past is None else {"from_history": sorted(self.datasets)}
 
     # Checks
 
@@ -122,6 +143,11 @@ class ReplayCallback(TrainerPlugin):
         if ratio == 0 and not self.allow_no_effect:
             yield Problem(self.name, "would change nothing with ratio=0", "Raise it, or pass allow_no_effect=True.")
         fit = True
+        if self.past is not None:
+            for problem in self._check_history(setup, self.past):
+                fit = fit and problem.level != "error"
+                yield problem
+            fit = fit and bool(self.datasets)
         for name, dataset in self.datasets.items():
             for problem in self._check_kind(name, dataset):
                 fit = False
@@ -141,6 +167,18 @@ class ReplayCallback(TrainerPlugin):
                     )
             if fit:
                 yield from self._check_plan(setup)
+
+    def _check_history(self, setup: Setup, past: ReplayedHistory) -> Iterable[Problem]:
+        """The sources of earlier stages: found, found by name, or not."""
+        if not setup.beginning.history:
+            self.datasets = {}
+            fix = "Call continue_from(trainer, checkpoint) before train()."
+            yield Problem(self.name, "from_history=True knows of no earlier stage yet", fix, level="note")
+            return
+        problems = past.find(setup.beginning, self.config.weights, identified(setup.train_dataset))
+        self.datasets = dict(past.datasets)
+        for message, fix, fatal in problems:
+            yield Problem(self.name, message, fix, level="error" if fatal else "note")
 
     def _what(self, name: str) -> str:
         return "the replay data" if name == self.name else f"the replay data {name!r}"
@@ -315,14 +353,28 @@ class ReplayCallback(TrainerPlugin):
     # The plan
 
     def _data(self, setup: Setup) -> dict[str, Any]:
-        if not self._prepared or self._prepared_for is not setup.trainer:
-            self._prepared = {name: setup.prepare(dataset, name) for name, dataset in self.datasets.items()}
-            self._prepared_for = setup.trainer
+        if self.past is not None and not self.past.found_for(setup.beginning):
+            errors = [p for p in self._check_history(setup, self.past) if p.level == "error" or not self.datasets]
+            if errors:
+                raise PluginError(errors)
+        key = (setup.trainer, self.past.beginning if self.past is not None else None)
+        if not self._prepared or self._prepared_for[0] is not key[0] or self._prepared_for[1] is not key[1]:
+            reopened = self.past.reopened if self.past is not None else ()
+            # What an earlier stage read was prepared then.
+            self._prepared = {
+                name: dataset if name in reopened else setup.prepare(dataset, name)
+                for name, dataset in self.datasets.items()
+            }
+            self._prepared_for = key
         return self._prepared
 
     def training_data(self, setup: Setup) -> dict[str, Any]:
+        try:
+            prepared = self._data(setup) if self.past is not None else {}
+        except PluginError:  # what is wrong is said by `check`
+            return {}
         fit = all(data.is_map_style(dataset) or data.is_stream(dataset) for dataset in self.datasets.values())
-        return self._data(setup) if fit else {}
+        return (prepared or self._data(setup)) if fit else {}
 
     def wrap_plan(self, plan: SamplePlan, setup: Setup) -> SamplePlan:
         config, args, new = self.config, setup.args, plan.sources[0]
@@ -340,7 +392,7 @@ class ReplayCallback(TrainerPlugin):
             sources = [self._with_lengths(source, setup) for source in sources]
             plan = dataclasses.replace(plan, sources=tuple(self._with_lengths(s, setup) for s in plan.sources))
             new = plan.sources[0]
-        weights = self._weights(sources)
+        weights = self._weights(sources, setup)
         changes = self._changes(setup)
         epoch, epochs = plan.epoch, Fraction(1)
         if new.num_rows is not None:
@@ -375,13 +427,27 @@ class ReplayCallback(TrainerPlugin):
         self._lengths.append((source.dataset, lengths, mean))
         return dataclasses.replace(source, lengths=lengths, mean_tokens=mean)
 
-    def _weights(self, sources: list[Source]) -> list[float]:
+    def _weights(self, sources: list[Source], setup: Setup) -> list[float]:
+        if self.past is not None:
+            return self._weights_of_history(sources, self.past, setup)
         if isinstance(self.config.weights, dict):
             return [self.config.weights[source.name] for source in sources]
         if len(sources) == 1:
             return [1.0]
         mean = [source.mean_tokens or 1.0 if self.config.unit == "tokens" else 1.0 for source in sources]
         return [float(source.num_rows or 0) * tokens for source, tokens in zip(sources, mean, strict=True)]
+
+    def _weights_of_history(self, sources: list[Source], past: ReplayedHistory, setup: Setup) -> list[float]:
+        """Weights in what `ratio` is counted in, of which tokens come out as they were seen."""
+        if len(sources) == 1:
+            return [1.0]
+        seen = [past.weights[source.name] for source in sources]
+        if self.config.unit == "tokens" or not past.in_tokens:
+            return seen
+        means = [self._with_lengths(source, setup).mean_tokens for source in sources]
+        if any(mean is None for mean in means) or len(set(means)) == 1:
+            return seen
+        return [tokens / mean for tokens, mean in zip(seen, means, strict=True) if mean]
 
     def _changes(self, setup: Setup) -> list[Change]:
         changes = [Change(self.config.ratio)]
@@ -424,6 +490,20 @@ class ReplayCallback(TrainerPlugin):
     def _log_ratio(self, control: Any) -> None:
         if self.run is not None and control.should_log:
             self.run.log(realised_ratio(self.run.realised()))
+
+
+def _past(from_history: bool, dataset: Any, given: Any) -> ReplayedHistory | None:
+    if not from_history:
+        if dataset is None:
+            raise ValueError("dataset is missing: pass old data, or from_history=True in a stage after others")
+        if given is not None:
+            raise ValueError("data belongs to from_history=True; otherwise old data by name is the first argument")
+        return None
+    if dataset is not None:
+        raise ValueError("dataset and from_history=True are two ways to say what is replayed: pass data={name: ...}")
+    if given is not None and not (isinstance(given, Mapping) and all(isinstance(n, str) and n for n in given)):
+        raise ValueError(f"data must be a dict of datasets by the names of sources, got {shown(given)}")
+    return ReplayedHistory(dict(given or {}))
 
 
 def _named(dataset: Any) -> dict[str, Any]:

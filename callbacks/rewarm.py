@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
 from hf_pretrain_ext.run import PluginRun
 from hf_pretrain_ext.say import say
 from hf_pretrain_ext.schedules import CallableSchedule, LRSchedule, RewarmConfig
+from hf_pretrain_ext.stages import Beginning, going_on
 from hf_pretrain_ext.trainer import lambda_lr, relative_rate
 from hf_pretrain_ext.values import check_flag, shown
 
@@ -45,6 +47,9 @@ class RewarmCallback(TrainerPlugin):
             between peak and final rate.
         cooldown, constant (`int`, `float` or `str`, *optional*): of `"infinite_*"`: lengths of these phases; 0.6 and
             0.25 of T by default.
+        go_on (`bool`, *optional*, defaults to `True`): of `"infinite_*"`, in a stage begun with `continue_from`: where
+            the last stage ended in its constant phase, go on at that rate to the end, without warm-up, cool-down and
+            anneal (`anneal` makes a branch for that). False re-warms as in a first stage.
         allow_no_effect (`bool`, *optional*, defaults to `False`): accept settings that change nothing.
 
     Raises:
@@ -77,6 +82,7 @@ class RewarmCallback(TrainerPlugin):
         const_lr: float | str | None = None,
         cooldown: int | float | str | None = None,
         constant: int | float | str | None = None,
+        go_on: bool = True,
         allow_no_effect: bool = False,
     ):
         self.function = None if isinstance(schedule, str) else schedule
@@ -96,6 +102,12 @@ class RewarmCallback(TrainerPlugin):
             cooldown=cast(Any, cooldown),
             constant=cast(Any, constant),
         )
+        self.go_on = check_flag("go_on", go_on)
+        self.infinite = self.function is None and str(schedule).startswith("infinite")
+        if not self.go_on and not self.infinite:
+            raise ValueError(
+                f"go_on=False is a setting of the infinite_* schedules; {shown(schedule)} always re-warms"
+            )
         if self.function is not None:
             self._refuse_other_settings(peak_lr)
         # A trial build finds what is wrong whatever the length of the run; a length in steps is judged at `extend`.
@@ -117,6 +129,19 @@ class RewarmCallback(TrainerPlugin):
 
     def _build(self, total_steps: int, source: PluginRun | Setup | None) -> LRSchedule:
         """The schedule of a run; `source` knows the tokens of a step, asked only where a length is in tokens."""
+        began = source.beginning if source else Beginning()
+        if began.schedule is not None:
+            return began.schedule
+        if (rate := self._constant(began)) is not None:
+            return going_on(self.config.schedule, rate, total_steps)
+        return self._own(total_steps, source)
+
+    def _constant(self, began: Beginning) -> float | None:
+        """The rate at which an infinite schedule goes on, if it does."""
+        return began.last.constant_rate if self.infinite and self.go_on and began.last else None
+
+    def _own(self, total_steps: int, source: PluginRun | Setup | None) -> LRSchedule:
+        """The schedule that the settings say."""
         if self.function is not None:
             length = total_steps if self.config.total_steps is None else self.config.total_steps
             return CallableSchedule.of(self.function, length)
@@ -128,10 +153,12 @@ class RewarmCallback(TrainerPlugin):
         if self.function is not None:
             named = getattr(self.function, "__qualname__", type(self.function).__qualname__)
             return {"schedule": f"{self.function.__module__}.{named}", "total_steps": self.config.total_steps}
-        return {
+        given = {
             key: value if value is None or key in ("peak_lr", "total_steps") else str(value)
             for key, value in dataclasses.asdict(self.config).items()
         }
+        # Left out where it is as in checkpoints that do not know of it.
+        return given if self.go_on else {**given, "go_on": False}
 
     def check(self, setup: Setup) -> Iterable[Problem]:
         if setup.args.learning_rate <= 0:
@@ -160,6 +187,11 @@ class RewarmCallback(TrainerPlugin):
                 "Leave total_steps out to fit the run, if that is not meant.",
                 level="note",
             )
+        if setup.beginning.anneal is not None:
+            return
+        if (rate := self._constant(setup.beginning)) is not None:
+            yield from self._check_constant(setup, setup.total_steps, rate)
+            return
         rates = {schedule(step) for step in range(min(setup.total_steps, 1000))} | {schedule(setup.total_steps)}
         host = str(getattr(setup.args.lr_scheduler_type, "value", setup.args.lr_scheduler_type))
         if rates == {setup.args.learning_rate} and host == "constant" and not self.allow_no_effect:
@@ -167,6 +199,21 @@ class RewarmCallback(TrainerPlugin):
                 self.name,
                 f"would change nothing: the rate is {setup.args.learning_rate:g} with and without it",
                 "Raise peak_lr, or pass allow_no_effect=True.",
+            )
+
+    def _check_constant(self, setup: Setup, total_steps: int, rate: float) -> Iterable[Problem]:
+        """Where the rate of the stage before goes on: settings that say another one."""
+        try:
+            held = [phase.first for phase in self._own(total_steps, setup).phases if phase.name == "constant"]
+        except ValueError:  # lengths that do not fit a run which does not need them
+            return
+        if held and not math.isclose(held[0], rate, rel_tol=1e-9):
+            yield Problem(
+                self.name,
+                f"its settings would hold a rate of {held[0]:.4g}; the stage before ended in a constant phase at "
+                f"{rate:.4g}, which goes on",
+                "Pass go_on=False to re-warm and cool down to the other rate.",
+                level="note",
             )
 
     def describe(self) -> list[str]:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from hf_pretrain_ext._version import __version__
 
 if TYPE_CHECKING:
+    from hf_pretrain_ext.continuing import anneal, continue_from
     from hf_pretrain_ext.packing import PackedCollator, check_isolation, pack
     from hf_pretrain_ext.plan import SamplePlan, Source
     from hf_pretrain_ext.plugin import PluginError, Problem, TrainerPlugin
+    from hf_pretrain_ext.stages import read_stages
     from hf_pretrain_ext.trace import read_trace
     from hf_pretrain_ext.trainer import PlanConfig, PluginTrainerMixin, extend
 
@@ -27,9 +29,12 @@ __all__ = [
     "Source",
     "TrainerPlugin",
     "__version__",
+    "anneal",
     "check_isolation",
+    "continue_from",
     "extend",
     "pack",
+    "read_stages",
     "read_trace",
 ]
 
@@ -42,9 +47,12 @@ _HOMES = {
     "SamplePlan": "plan",
     "Source": "plan",
     "TrainerPlugin": "plugin",
+    "anneal": "continuing",
     "check_isolation": "packing",
+    "continue_from": "continuing",
     "extend": "trainer",
     "pack": "packing",
+    "read_stages": "stages",
     "read_trace": "trace",
 }
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,7 +19,15 @@ from typing import Any
 from hf_pretrain_ext.trace import plain, versions
 from hf_pretrain_ext.values import reason, shown
 
-__all__ = ["STATE_FOLDER", "CheckpointError", "find_faults", "last_complete_checkpoint", "read_state", "write_state"]
+__all__ = [
+    "STATE_FOLDER",
+    "CheckpointError",
+    "find_faults",
+    "last_complete_checkpoint",
+    "read_state",
+    "write_json",
+    "write_state",
+]
 
 STATE_FOLDER = "hf_pretrain_ext"
 _STATE = "state.json"
@@ -35,7 +43,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be resumed; the message says why and what can be done."""
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Writes to a temporary name, syncs and renames: afterwards there is the old file or the whole new one."""
     temporary = path.with_suffix(_PART)
     with temporary.open("w", encoding="utf-8") as file:
@@ -77,15 +85,19 @@ def invalidate(checkpoint: str | Path) -> None:
         left.unlink()
 
 
-def write_state(checkpoint: str | Path, state: dict[str, Any]) -> None:
-    """Writes `state` (JSON types) and then the manifest of the whole checkpoint."""
+def write_state(
+    checkpoint: str | Path, state: dict[str, Any], beside: Mapping[str, dict[str, Any]] | None = None
+) -> None:
+    """Writes `state` (JSON types), more files of the same kind by name, and then the manifest of the checkpoint."""
     folder = Path(checkpoint) / STATE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     invalidate(checkpoint)
-    _write_json(folder / _STATE, state)
+    for name, content in (beside or {}).items():
+        write_json(folder / name, content)
+    write_json(folder / _STATE, state)
     sizes = {name: (path, path.stat().st_size) for name, path in _files(Path(checkpoint))}
     files = {name: {"size": size, "xxh3_128": _hash(path, size)} for name, (path, size) in sizes.items()}
-    _write_json(folder / _MANIFEST, {"format": _FORMAT, "versions": versions(), "files": files})
+    write_json(folder / _MANIFEST, {"format": _FORMAT, "versions": versions(), "files": files})
 
 
 def find_faults(checkpoint: str | Path) -> list[str]:
@@ -215,9 +227,26 @@ def resolve(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -
         raise CheckpointError(
             f"cannot resume from {_named(resume_from_checkpoint)}: {'; '.join(faults)}. {advice} To start a new run "
             "from its weights instead, load the model from that folder and call train() without "
-            "resume_from_checkpoint."
+            f"resume_from_checkpoint{_or_continue(resume_from_checkpoint, faults)}."
         )
     return str(resume_from_checkpoint), []
+
+
+def continue_call(checkpoint: str | os.PathLike[str]) -> str:
+    """What to type to train on from the weights of `checkpoint` as a new stage.
+
+    Example:
+
+    >>> continue_call("runs/first/checkpoint-100")
+    "continue_from(trainer, 'runs/first/checkpoint-100').train()"
+    """
+    return f"continue_from(trainer, {shown(os.fspath(checkpoint))}).train()"
+
+
+def _or_continue(checkpoint: str | os.PathLike[str], faults: list[str]) -> str:
+    """Offered for a whole folder that is not ours; what is damaged is not a place to go on from."""
+    whole = len(faults) == 1 and faults[0].startswith(f"it has no {STATE_FOLDER}")
+    return f", or {continue_call(checkpoint)}" if whole else ""
 
 
 def _named(path: str | os.PathLike[str]) -> str:
@@ -255,7 +284,27 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
     return state
 
 
-def check_listed(checkpoint: str | Path, *patterns: str) -> None:
+def checkpoint_step(checkpoint: str | Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None for other names.
+
+    Example:
+
+    >>> checkpoint_step("runs/first/checkpoint-100"), checkpoint_step("runs/first")
+    (100, None)
+    """
+    match = _CHECKPOINT.fullmatch(Path(checkpoint).name)
+    return int(match.group(1)) if match else None
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """The checkpoints in a folder whose saves finished; their files are not looked through."""
+    if not _is_folder(folder):
+        return []
+    there = [path for path in Path(folder).iterdir() if checkpoint_step(path) is not None]
+    return sorted(path for path in there if (path / STATE_FOLDER / _MANIFEST).is_file())
+
+
+def check_listed(checkpoint: str | Path, *patterns: str, what: str = "resume from") -> None:
     """Raises `CheckpointError` unless the manifest vouches for a file of each pattern.
 
     The host goes on without those that are not there, with fresh moments or another learning rate.
@@ -264,9 +313,9 @@ def check_listed(checkpoint: str | Path, *patterns: str) -> None:
     missing = [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in listed)]
     if missing:
         raise CheckpointError(
-            f"cannot resume from {checkpoint}: its manifest does not list {', '.join(missing)}, without which the run "
+            f"cannot {what} {checkpoint}: its manifest does not list {', '.join(missing)}, without which the run "
             "would not go on as it was. To start a new run from its weights instead, load the model from that folder "
-            "and call train() without resume_from_checkpoint."
+            f"and call train() without resume_from_checkpoint, or {continue_call(checkpoint)}."
         )
 
 

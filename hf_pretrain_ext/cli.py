@@ -1,4 +1,4 @@
-"""The command line: `hf-pretrain-ext demo | plan | train | report | memory | kill-test | plugins`."""
+"""The command line: `hf-pretrain-ext demo | plan | train | report | card | memory | merge | kill-test | plugins`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ _COMMANDS = {
     "plan": "what a recipe will do: learning rate, mixture, probes, steps and tokens, before training",
     "train": "train a recipe",
     "report": "one HTML page from the traces of runs",
+    "card": "the continued-pretraining section of a model card, from a run's trace",
     "memory": "bytes that training a model takes with GradNormLoRP, beside other optimizers",
+    "merge": "average checkpoints, LiNeS, instruction residual; intruder dimensions of adapters",
     "kill-test": "kill a recipe's run at random moments, and see that it comes to the same end",
     "plugins": "list the plug-ins that are installed, other packages' too",
 }
@@ -59,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "train": _train,
         "report": _report,
+        "card": _card,
         "memory": _memory,
+        "merge": _merge,
         "kill-test": _kill_test,
         "plugins": _plugins,
     }[command]
@@ -124,6 +128,12 @@ def _memory(arguments: list[str]) -> int:
         sys.exit(f"hf-pretrain-ext: {error}")
     print("\n".join(lines))
     return 0
+
+
+def _merge(arguments: list[str]) -> int:
+    from hf_pretrain_ext.merging.command import main as merge
+
+    return merge(arguments)
 
 
 def _demo(arguments: list[str]) -> int:
@@ -231,6 +241,40 @@ def _report(arguments: list[str]) -> int:
     except (FileNotFoundError, ImportError, ValueError) as error:
         sys.exit(f"hf-pretrain-ext: {error}")
     print(f"report in {page}")
+    return 0
+
+
+def _card(arguments: list[str]) -> int:
+    parser = _parser(
+        "card",
+        "Writes what a run recorded into the model card in its folder: lineage, data, methods, what was learned and "
+        "forgotten, cost, citation. What stands outside its markers is left alone.",
+    )
+    parser.add_argument("folder", help="the output_dir of a run, or one of its checkpoints")
+    parser.add_argument("--output", metavar="FILE", help="the card (default: README.md in FOLDER)")
+    parser.add_argument("--base-model", metavar="NAME", help="on the Hub (default: as recorded)")
+    parser.add_argument("--license", help="of the model, as the Hub names it")
+    parser.add_argument("--language", action="append", metavar="CODE", help="of the text; once for each")
+    parser.add_argument(
+        "--data-license", action="append", default=[], metavar="SOURCE=LICENCE", help="of a source; once for each"
+    )
+    options = parser.parse_args(arguments)
+    from hf_pretrain_ext.hub_card import write_card
+
+    pairs = [pair.partition("=") for pair in options.data_license]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        parser.error(f"--data-license takes SOURCE=LICENCE, got {wrong[0]!r}")
+    try:
+        card = write_card(
+            options.folder,
+            output=options.output,
+            base_model=options.base_model,
+            metadata={"license": options.license, "language": options.language},
+            data_licences={name: licence for name, _, licence in pairs},
+        )
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        sys.exit(f"hf-pretrain-ext: {error}")
+    print(f"card in {card}")
     return 0
 
 

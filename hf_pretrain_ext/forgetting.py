@@ -9,14 +9,22 @@ Definitions, for the losses L(t) of one held-out set measured at steps t, in nat
     forgetting       final − min of L(t): how far the set has come away from its best so far, never negative (Abbes et
                      al., 2025, 2508.01908, subtract the best of the past, so that theirs can be)
     gain             initial − final: positive where the set was learned, negative where it was lost
+
+Over a life of several stages, for a set that earlier ones measured on the same rows:
+
+    life forgetting    L(t) − the lowest loss of all earlier stages: Abbes et al.'s score, below zero where the set is
+                       known better than ever before
+    life gain          the first loss of the first stage − L(t)
+    backward transfer  mean over these sets of (last loss of the stage before − L(t)): above zero where a stage helps
+                       what was learned before it (ours, after the accuracy of that name)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +33,17 @@ from torch.nn import functional
 from hf_pretrain_ext.units import to_steps
 from hf_pretrain_ext.values import is_whole, shown
 
-__all__ = ["ForgettingConfig", "History", "heldout_loss", "is_probe_step", "probe_steps", "summarise"]
+__all__ = [
+    "ForgettingConfig",
+    "History",
+    "Past",
+    "backward_transfer",
+    "heldout_loss",
+    "is_probe_step",
+    "past_of",
+    "probe_steps",
+    "summarise",
+]
 
 RECOVERY_MARGIN = 0.01
 """Nats above the initial loss at which a set counts as recovered."""
@@ -196,6 +214,56 @@ def summarise(steps: Sequence[int], losses: Sequence[float]) -> dict[str, float 
     }
 
 
+@dataclass(frozen=True)
+class Past:
+    """What earlier stages measured of a set: the first loss, the lowest with its stage, and the last."""
+
+    baseline: float
+    best: float
+    best_stage: str
+    last: float
+
+    def life(self, loss: float) -> dict[str, float]:
+        """The figures over the life, where the set stands at `loss` now.
+
+        Example:
+
+        >>> Past(baseline=4.0, best=2.0, best_stage="english", last=2.5).life(2.25)
+        {'life_forgetting': 0.25, 'life_gain': 1.75}
+        """
+        return {"life_forgetting": loss - self.best, "life_gain": self.baseline - loss}
+
+
+def past_of(measured: Iterable[tuple[str, Mapping[str, Any]]], fingerprint: str) -> Past | None:
+    """What stages, by name and in their order, recorded of the set with that fingerprint; None if they did not.
+
+    Example:
+
+    >>> entry = {"fingerprint": "f", "baseline": 4.0, "best": 2.0, "last": 2.5}
+    >>> past_of([("a", entry), ("b", {**entry, "best": 2.2, "last": 2.2})], "f")
+    Past(baseline=4.0, best=2.0, best_stage='a', last=2.2)
+    """
+    same = [(name, entry) for name, entry in measured if entry.get("fingerprint") == fingerprint]
+    if not same:
+        return None
+    # A loss that was not finite stands as text in JSON; it is no best.
+    bests = [(float(entry["best"]), name) for name, entry in same]
+    best, stage = min(bests, key=lambda pair: pair[0] if math.isfinite(pair[0]) else math.inf)
+    return Past(float(same[0][1]["baseline"]), best, stage, float(same[-1][1]["last"]))
+
+
+def backward_transfer(pasts: Mapping[str, Past], losses: Mapping[str, float]) -> float | None:
+    """Mean over sets of how far the loss has come down since the stage before; None without such sets.
+
+    Example:
+
+    >>> backward_transfer({"old": Past(4.0, 2.0, "english", 2.5)}, {"old": 2.25, "new": 3.0})
+    0.25
+    """
+    changes = [past.last - losses[name] for name, past in pasts.items() if name in losses]
+    return sum(changes) / len(changes) if changes else None
+
+
 class History:
     """Losses of the held-out sets over a run: what is saved, resumed, summarised and drawn.
 
@@ -242,17 +310,52 @@ class History:
             scalars[f"eval_{name}_perplexity"] = math.exp(loss) if loss < 700 else math.inf
         return scalars
 
+    def recorded(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+        """What later stages should know of each set."""
+        found = {}
+        for name, entry in self.sets.items():
+            losses, steps = entry["losses"], entry["steps"]
+            finite = [k for k, loss in enumerate(losses) if math.isfinite(loss)]
+            at = min(finite, key=lambda k: (losses[k], k)) if finite else 0
+            found[name] = {
+                "fingerprint": fingerprints[name],
+                "baseline": losses[0],
+                "best": losses[at],
+                "best_step": steps[at],
+                "last": losses[-1],
+                "last_step": steps[-1],
+            }
+        return found
+
+    def life(self, pasts: Mapping[str, Past]) -> dict[str, float]:
+        """The newest figures over the life as scalars by name: `life_forgetting_<set>`, `backward_transfer`, ..."""
+        now = {name: entry["losses"][-1] for name, entry in self.sets.items()}
+        found = {
+            f"{key}_{name}": value
+            for name, past in pasts.items()
+            if name in now
+            for key, value in past.life(now[name]).items()
+        }
+        transfer = backward_transfer(pasts, now)
+        return found if transfer is None else {**found, "backward_transfer": transfer}
+
     def summary(self) -> dict[str, dict[str, float | int | None]]:
         return {name: summarise(entry["steps"], entry["losses"]) for name, entry in self.sets.items()}
 
-    def to_json(self) -> dict[str, Any]:
-        """What `forgetting.json` holds: units, and for each set its losses and figures."""
+    def to_json(self, pasts: Mapping[str, Past] | None = None) -> dict[str, Any]:
+        """What `forgetting.json` holds: units, for each set its losses and figures, and those over earlier stages."""
         summary = self.summary()
-        return {
+        content: dict[str, Any] = {
             "unit": "nats per token; steps are optimizer steps",
             "recovery_margin": RECOVERY_MARGIN,
             "sets": {name: {**entry, "summary": summary[name]} for name, entry in self.sets.items()},
         }
+        if pasts:
+            content["life"] = self.life(pasts)
+            for name, past in pasts.items():
+                if name in content["sets"]:
+                    content["sets"][name]["past"] = asdict(past)
+        return content
 
     def table(self) -> list[str]:
         """The figures as lines of a table."""

@@ -47,9 +47,9 @@ def compare(folder: str, saved: dict[str, Any], now: dict[str, Any]) -> None:
         [`~hf_pretrain_ext.checkpoint.CheckpointError`]: the two differ.
     """
     known = saved["arguments"].keys() & now["arguments"].keys()
-    # Checkpoints of before there was `sharding` were whole.
+    # Checkpoints of before there was `sharding` were whole, those of before there was `stage` were told of none.
     sides = [
-        {"sharding": None, **side, "arguments": {key: side["arguments"][key] for key in known}}
+        {"sharding": None, "stage": None, **side, "arguments": {key: side["arguments"][key] for key in known}}
         for side in (saved, now)
     ]
     if not now["total_steps"]:
@@ -66,7 +66,8 @@ def compare(folder: str, saved: dict[str, Any], now: dict[str, Any]) -> None:
             rates = LRSchedule.from_identity(schedule).describe() if schedule else ["the host's own"]
             lines += [title, *(f"  {line}" for line in rates)]
     lines.append(
-        "Restore these settings to resume. To train further with new ones, load the model from that folder and "
-        "call train() without resume_from_checkpoint: a new run, with a schedule and a plan of its own."
+        "Restore these settings to resume. To train further with new ones or on other data, begin a new stage, with a "
+        f"schedule and a plan of its own: {checkpoint.continue_call(folder)}. Or load the model from that folder and "
+        "call train() without resume_from_checkpoint: a new run, which knows of no earlier one."
     )
     raise checkpoint.CheckpointError("\n".join(lines))

@@ -5,6 +5,7 @@ A plug-in overrides what it needs and nothing else; what it overrides is what it
     check(setup)              pure look at the run before anything is touched: yield a `Problem` for all that is wrong
     prepare_data(setup)       the rows that training reads in place of the Trainer's train_dataset (one owner)
     prepare_beside(dataset, setup)  the same for data of other plug-ins: replayed, held out
+    new_rows(setup)           rows that the embeddings will have at least once `wrap_model` was called
     wrap_model(model)         the model, before a checkpoint is loaded into it and before the optimizer sees it
     wrap_plan(plan, setup)    the sample plan: which row of which source is sample i
     wrap_collator(collator)   the collator; its features carry `features.draws` when a plan is in force
@@ -12,6 +13,8 @@ A plug-in overrides what it needs and nothing else; what it overrides is what it
     wrap_optimizer(optimizer) the optimizer that came out
     schedule(args, steps)     the learning rate as a function of the step (one owner)
     wrap_loss(compute_loss)   `compute_loss(model, inputs, return_outputs, num_items_in_batch)`
+    see_batches(batches)      the micro-batches of the step about to be made, before the model has them
+    before_save()             called on all ranks before a checkpoint is written by one
     on_...                    the events of `TrainerCallback` (call `super().on_train_begin` where you override it)
     training_data(setup)      datasets that it trains on besides the trainer's own
     settings()                what a resume must find unchanged
@@ -20,6 +23,7 @@ A plug-in overrides what it needs and nothing else; what it overrides is what it
     describe()                lines about what this run will do, for the terminal, trace and card
     marks(total_steps)        the steps at which it acts (probes, say), for preview and report
     state() / load_state()    the few numbers that its behaviour depends on, beyond settings, seed and step
+    recorded()                what later stages of the model's life should know of this one
 
 Inside a run `self.run` (a `PluginRun`) is what a plug-in may use of its host: the plan, `log`, `trace`, `say`.
 """
@@ -27,7 +31,7 @@ Inside a run `self.run` (a `PluginRun`) is what a plug-in may use of its host: t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import datasets as hf_datasets
@@ -39,6 +43,7 @@ from hf_pretrain_ext.data import is_stream, mean_tokens
 from hf_pretrain_ext.lengths import window_for
 from hf_pretrain_ext.loader import private_copy
 from hf_pretrain_ext.plan import SamplePlan, Source
+from hf_pretrain_ext.stages import Beginning
 from hf_pretrain_ext.streams import first_rows
 
 if TYPE_CHECKING:
@@ -83,7 +88,7 @@ class Setup:
     """What `check` may look at. `total_steps` is None where it cannot be known before training.
 
     `global_batch` is samples an optimizer step, over all ranks and micro-batches; `given_optimizer` whether the user
-    built the Trainer with an optimizer.
+    built the Trainer with an optimizer; `beginning` how this stage begins, and after which others.
     """
 
     trainer: Any
@@ -92,6 +97,7 @@ class Setup:
     total_steps: int | None
     given_optimizer: bool
     plan_config: PlanConfig
+    beginning: Beginning = field(default_factory=Beginning)
 
     @property
     def args(self) -> Any:
@@ -150,8 +156,16 @@ class Setup:
 
     @property
     def embeddings(self) -> int | None:
-        """Rows of the model's input embedding: token ids must lie below."""
-        return _host.embeddings(self.model)
+        """Rows of the model's input embedding, those to come counted: token ids must lie below."""
+        return self._with_new_rows(_host.embeddings(self.model))
+
+    @property
+    def outputs(self) -> int | None:
+        """Classes that a language model's loss chooses among, those to come counted: labels must lie below."""
+        return self._with_new_rows(_host.output_vocabulary(self.model))
+
+    def _with_new_rows(self, rows: int | None) -> int | None:
+        return rows and max([rows, *(plugin.new_rows(self) for plugin in self.plugins)])
 
     def prepare(self, dataset: Any, name: str, training: bool = True) -> Any:
         """`dataset` as the trainer prepares its own (TRL tokenizes and packs; a plain Trainer changes nothing)."""
@@ -204,6 +218,10 @@ class TrainerPlugin(TrainerCallback):
     def prepare_beside(self, dataset: Any, setup: Setup) -> Any:
         return dataset
 
+    def new_rows(self, setup: Setup) -> int:
+        """Rows that the model's embeddings will have at least, where the plug-in gives it new tokens; else 0."""
+        return 0
+
     def wrap_model(self, model: Any) -> Any:
         return model
 
@@ -225,6 +243,12 @@ class TrainerPlugin(TrainerCallback):
     def wrap_loss(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
         return compute_loss
 
+    def see_batches(self, batches: Sequence[Any]) -> None:
+        """This rank's micro-batches as they were collated; what a plug-in's collator put in, it takes out here."""
+
+    def before_save(self) -> None:
+        """What the plug-in does on all ranks together before a checkpoint; `state()` is then asked of one."""
+
     def training_data(self, setup: Setup) -> dict[str, Any]:
         """Datasets that the plug-in trains on besides the trainer's own, by name, prepared as the trainer's."""
         return {}
@@ -245,6 +269,10 @@ class TrainerPlugin(TrainerCallback):
     def load_state(self, state: dict[str, Any]) -> None:
         if state:
             raise ValueError(f"{self.name}: the checkpoint holds state {sorted(state)} that this plug-in cannot read")
+
+    def recorded(self) -> dict[str, Any]:
+        """JSON types for this stage's entry in `stages.json`; later stages find them in `run.beginning.history`."""
+        return {}
 
     def eval_metrics(self) -> dict[str, float]:
         """Metrics to stand in the host's evaluation, under keys that start with `eval_`."""

@@ -8,6 +8,9 @@
     replay: {sources: {general: {path: json, data_files: old.jsonl}}, ratio: 0.05}
     forgetting: {sets: {general: {path: json, data_files: held_out.jsonl}}}
 
+With `metadata: {template: "URL: {domain}\\n\\n", block_size: 1024}` in place of `pack`, all data are raw documents;
+`control: {thresholds: 0.5}` there puts control tokens before them.
+
 A key that nobody knows is an error that names the nearest one. Nothing in a recipe or a dataset is executed.
 """
 
@@ -76,7 +79,7 @@ class DataConfig:
     data_files: str | list[str] | None = field(default=None, metadata={"help": "Files, with a format as path."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     streaming: bool = field(default=False, metadata={"help": "Read as a stream; the run then needs max_steps."})
-    text_column: str = field(default="text", metadata={"help": "Column of raw text, for `pack`."})
+    text_column: str = field(default="text", metadata={"help": "Column of raw text, for `pack` and `metadata`."})
     weight: float | None = field(default=None, metadata={"help": "Of a replay source: its share in what is replayed."})
 
     def __post_init__(self) -> None:
@@ -114,6 +117,7 @@ class Recipe:
     replay_sources: dict[str, DataConfig] = field(default_factory=dict)
     forgetting: dict[str, Any] | None = None
     forgetting_sets: dict[str, DataConfig] = field(default_factory=dict)
+    metadata: dict[str, Any] | None = None
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
     on_nonfinite: Action = "report"
 
@@ -249,11 +253,11 @@ def _apply(given: dict[str, Any], change: str) -> None:
 
 _SECTIONS = (
     *("model", "data", "eval_data", "trainer", "training", "pack", "plan", "on_nonfinite"),
-    *("rewarm", "replay", "forgetting"),
+    *("rewarm", "replay", "forgetting", "metadata"),
 )
 
 
-_OPTIONAL = ("eval_data", "pack", "plan", "rewarm", "replay", "forgetting")
+_OPTIONAL = ("eval_data", "pack", "plan", "rewarm", "replay", "forgetting", "metadata")
 
 
 def _recipe(given: dict[str, Any]) -> Recipe:
@@ -313,9 +317,37 @@ def _recipe(given: dict[str, Any]) -> Recipe:
             _without_weight(spec, f"forgetting.sets.{name}")
         sets = dict.fromkeys(recipe.forgetting_sets, ())
         _tried(ForgettingCallback, {"datasets": sets, **recipe.forgetting}, "forgetting")
+    if "metadata" in given:
+        recipe.metadata = _metadata(given["metadata"], recipe)
     if recipe.trainer == "sft" and recipe.pack:
         raise RecipeError("pack: SFTTrainer packs by itself; set training.packing and training.max_length instead")
     return recipe
+
+
+def _metadata(given: Any, recipe: Recipe) -> dict[str, Any]:
+    """The settings of a MetadataCallback, which makes blocks of all data of the recipe."""
+    from hf_pretrain_ext.callbacks import MetadataCallback
+    from hf_pretrain_ext.metadata import ControlTokens
+
+    settings = dict(_settings(given, "metadata"))
+    _known(settings, set(inspect.signature(MetadataCallback).parameters), "metadata")
+    if "block_size" not in settings:
+        raise RecipeError("metadata.block_size is missing: Tokens a block.")
+    if settings.get("control") is not None:
+        settings["control"] = _made(ControlTokens, settings["control"], "metadata.control")
+    settings.setdefault("text_column", recipe.data.text_column)
+    _tried(MetadataCallback, settings, "metadata")
+    if recipe.pack:
+        raise RecipeError("pack: metadata makes blocks of its own, of metadata.block_size tokens. Leave pack out")
+    if recipe.trainer == "sft":
+        raise RecipeError("trainer: metadata takes raw documents, and SFTTrainer tokenizes them. Use trainer: trainer")
+    others = {"eval_data": recipe.eval_data}
+    others |= {f"replay.sources.{name}": spec for name, spec in recipe.replay_sources.items()}
+    others |= {f"forgetting.sets.{name}": spec for name, spec in recipe.forgetting_sets.items()}
+    for section, spec in others.items():
+        if spec is not None and spec.streaming:
+            raise RecipeError(f"{section}.streaming: only the data of the run can be a stream of raw documents")
+    return settings
 
 
 def _tried(plugin: Callable[..., Any], settings: Mapping[str, Any], section: str) -> None:

@@ -60,7 +60,7 @@ def build(recipe: Recipe) -> Any:
     # One rank prepares, the others read what it cached.
     with args.main_process_first(desc="loading and packing"):
         train = _rows(recipe, recipe.data, tokenizer, "data")
-        held_out = _rows(recipe, recipe.eval_data, tokenizer, "eval_data") if recipe.eval_data else None
+        held_out = _held_out(recipe, recipe.eval_data, tokenizer) if recipe.eval_data else None
         callbacks = _callbacks(recipe, tokenizer)
     collator = _collator(recipe, train, tokenizer, model)
     with _naming("training"):
@@ -106,6 +106,11 @@ def _rows(recipe: Recipe, spec: DataConfig, tokenizer: Any, section: str) -> Any
         )
     if recipe.trainer == "sft" or "input_ids" in (rows.column_names or ()):
         return rows
+    if recipe.metadata is not None:
+        column = recipe.metadata["text_column"]
+        # Of another corpus the texts may be called otherwise.
+        renamed = spec.text_column != column and spec.text_column in (rows.column_names or ())
+        return rows.rename_column(spec.text_column, column) if renamed else rows
     if recipe.pack is None:
         raise RecipeError(
             f"{section}: the rows of {spec.path} hold {rows.column_names or 'no known columns'} and no input_ids: add "
@@ -130,17 +135,37 @@ def _rows(recipe: Recipe, spec: DataConfig, tokenizer: Any, section: str) -> Any
         )
 
 
+def _held_out(recipe: Recipe, spec: DataConfig, tokenizer: Any) -> Any:
+    """What the Trainer evaluates on: raw documents are plain blocks there."""
+    rows = _rows(recipe, spec, tokenizer, "eval_data")
+    if recipe.metadata is None or "input_ids" in (rows.column_names or ()):
+        return rows
+    from hf_pretrain_ext.metadata import prepare
+
+    names = ("block_size", "text_column", "isolate", "num_proc")
+    settings = {name: recipe.metadata[name] for name in names if name in recipe.metadata}
+    control = recipe.metadata.get("control")
+    if control is not None and control.segments in rows.column_names:
+        settings["control"] = control
+    with _naming("eval_data"):
+        return prepare(rows, tokenizer, **settings, conditioned=False)
+
+
 def _collator(recipe: Recipe, train: Any, tokenizer: Any, model: Any) -> dict[str, Any]:
     """Packed rows need a collator that keeps their form; ids without labels one that makes labels."""
     import inspect
 
-    from transformers import DataCollatorForLanguageModeling
+    from transformers import DataCollatorForLanguageModeling, default_data_collator
 
     from hf_pretrain_ext.packing import PackedCollator
 
     if recipe.trainer == "sft":
         return {}
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    if recipe.metadata is not None and (recipe.metadata.get("isolate", True) or takes_positions):
+        return {"data_collator": PackedCollator()}
+    if recipe.metadata is not None:
+        return {"data_collator": default_data_collator}
     if recipe.pack is not None and (recipe.pack.isolate or takes_positions):
         return {"data_collator": PackedCollator()}
     if "labels" in (train.column_names or ()):
@@ -149,7 +174,7 @@ def _collator(recipe: Recipe, train: Any, tokenizer: Any, model: Any) -> dict[st
 
 
 def _callbacks(recipe: Recipe, tokenizer: Any) -> list[Any]:
-    from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
+    from hf_pretrain_ext.callbacks import ForgettingCallback, MetadataCallback, ReplayCallback, RewarmCallback
     from hf_pretrain_ext.registry import installed_plugins
 
     made: list[Any] = []
@@ -167,6 +192,8 @@ def _callbacks(recipe: Recipe, tokenizer: Any) -> list[Any]:
             for name, spec in recipe.forgetting_sets.items()
         }
         made.append(ForgettingCallback(sets, **recipe.forgetting))
+    if recipe.metadata is not None:
+        made.append(MetadataCallback(**recipe.metadata))
     known = installed_plugins()
     for name, settings in recipe.plugins.items():
         with _naming(name):

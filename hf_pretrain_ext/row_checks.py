@@ -94,7 +94,7 @@ def _faults_of_labels(
     if fault is not None:
         yield f"holds {fault}", f"Labels are token ids, or {IGNORED} where no loss is asked.", True
         return
-    size = _host.output_vocabulary(setup.model)
+    size = setup.outputs
     labels = data.token_rows(dataset, rows, "labels")
     if not size or len(labels) != len(rows):
         return

@@ -17,6 +17,7 @@ import torch
 from transformers import Trainer, TrainerState
 
 from hf_pretrain_ext import _host, checkpoint
+from hf_pretrain_ext.checkpoint import continue_call
 from hf_pretrain_ext.checks import argument_problems, find_problems, in_order, list_problems
 from hf_pretrain_ext.data import fingerprint, is_map_style
 from hf_pretrain_ext.identity import compare, compared_arguments
@@ -28,13 +29,15 @@ from hf_pretrain_ext.plan.tokens import Cursor
 from hf_pretrain_ext.plugin import PluginError, Problem, Setup, TrainerPlugin, overrides
 from hf_pretrain_ext.preview import preview_of
 from hf_pretrain_ext.rng import get_rng_state, rng_guard, set_rng_state
+from hf_pretrain_ext.run_stage import RunStage
 from hf_pretrain_ext.say import say
 from hf_pretrain_ext.streams import StreamMark
-from hf_pretrain_ext.trace import Trace, plain, versions
+from hf_pretrain_ext.trace import Trace, command, plain, versions
 from hf_pretrain_ext.values import is_whole, shown
 
 if TYPE_CHECKING:
     from hf_pretrain_ext.schedules import LRSchedule
+    from hf_pretrain_ext.stages import Beginning
     from hf_pretrain_ext.trainer import PlanConfig
 
 __all__ = ["PluginRun"]
@@ -67,7 +70,7 @@ class PluginRun:
         self.resume_from: str | None = None
         self.updated_at: int | None = None
         self.active = False
-        self._fingerprints: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = {}
         self._marks: dict[str, StreamMark] = {}
         self._marks_ahead: dict[str, StreamMark] = {}
         self._dataset: PlanDataset | None = None
@@ -75,6 +78,7 @@ class PluginRun:
         self._planned: SamplePlan | None = None
         self.nonfinite = NonFiniteWatch(self)
         self._opened_trace: Trace | None = None
+        self.stage = RunStage(self)
 
     # What a plug-in may use
 
@@ -82,6 +86,11 @@ class PluginRun:
     def step(self) -> int:
         """Optimizer steps done."""
         return int(self.trainer.state.global_step)
+
+    @property
+    def beginning(self) -> Beginning:
+        """How this stage of the model's life begins: `beginning.history` holds the stages before it."""
+        return self.stage.beginning
 
     @property
     def model(self) -> Any:
@@ -222,7 +231,15 @@ class PluginRun:
         return plan
 
     def _new_setup(self, plugins: Sequence[TrainerPlugin]) -> Setup:
-        setup = Setup(self.trainer, tuple(plugins), self.global_batch, None, self.given_optimizer, self.plan_config)
+        setup = Setup(
+            self.trainer,
+            tuple(plugins),
+            self.global_batch,
+            None,
+            self.given_optimizer,
+            self.plan_config,
+            self.beginning,
+        )
         return dataclasses.replace(setup, total_steps=self._host_length(setup.train_dataset)[1] or None)
 
     def change_mixture(self, shares: Mapping[str, float], step: int | None = None) -> int:
@@ -293,9 +310,10 @@ class PluginRun:
     def start(self, resume_from: str | None) -> None:
         """Everything before the host's loop: plan, schedule, comparison with the checkpoint, state, trace."""
         self.active = True
+        self.stage.begin(resumed=resume_from is not None)
         self.plan = self._planned = self.build_plan()
         self.steps_per_epoch, self.total_steps = self.length_of(self.plan)
-        self._fingerprints = self._data()
+        self.fingerprints = self._data()
         self.lr_schedule = self.schedule_for(self.total_steps)
         sources = len(self.plan.sources) if self.plan else 0
         self._counts = [[0] * 5 for _ in range(sources)]
@@ -308,8 +326,12 @@ class PluginRun:
         if resume_from is not None:
             self._restore(resume_from)
         description = [line for plugin in self.plugins for line in plugin.describe()]
+        if self.beginning.told:
+            description = [*self.stage.lines(), *description]
         plugins = {plugin.name: plugin.settings() for plugin in self.plugins}
         header = {"plugins": plugins, "identity": self.identity(), "versions": versions(), "describe": description}
+        header["command"] = command()
+        header["stage"] = self.stage.brief()
         if self.plugins:
             header["preview"] = preview_of(self, count_tokens=False).to_json()
         if self.resumed_at is None:
@@ -334,6 +356,9 @@ class PluginRun:
 
     def schedule_for(self, total_steps: int) -> LRSchedule | None:
         """The learning rate of a run of `total_steps` steps, if a plug-in owns it and the length is known."""
+        if self.beginning.schedule is not None:
+            # An annealing branch says it itself.
+            return self.beginning.schedule
         owner = self.owner("schedule")
         return owner.schedule(self.trainer.args, total_steps) if owner and total_steps else None
 
@@ -362,11 +387,12 @@ class PluginRun:
                 "plugins": {plugin.name: settings for plugin in self.plugins if (settings := plugin.settings())},
                 "plan": self._planned.identity() if self._planned else None,
                 "schedule": self.lr_schedule.identity() if self.lr_schedule else None,
-                "data": self._fingerprints,
+                "data": self.fingerprints,
                 "global_batch": self.global_batch,
                 "sharding": self._sharding(),
                 "on_nonfinite": self.nonfinite.action,
                 "total_steps": self.total_steps,
+                "stage": self.stage.identity(),
                 "arguments": arguments,
             }
         )
@@ -391,7 +417,8 @@ class PluginRun:
                 why = ", as the host saves every model that is sharded while it is loaded"
             raise checkpoint.CheckpointError(
                 f"{resume_from} was saved with save_only_model=True{why}: it has no optimizer state to resume with. "
-                "Load the model from that folder and call train() without resume_from_checkpoint for a new run."
+                "Load the model from that folder and call train() without resume_from_checkpoint for a new run, or "
+                f"begin a new stage with its history: {continue_call(resume_from)}."
             )
         compare(resume_from, saved["identity"], self.identity())
         own = ("optimizer.*", "scheduler.pt") if _host.sharding(self.trainer) == "ddp" else ()
@@ -401,6 +428,12 @@ class PluginRun:
         if not is_whole(saved["step"]) or saved["step"] != there:
             raise ValueError(f"it is of step {shown(saved['step'])}, trainer_state.json of step {shown(there)}")
         self.resumed_at = there
+        if there and there == self.total_steps:
+            self.say(
+                f"the run of {resume_from} is finished (step {there:,} of {self.total_steps:,}): there is nothing to "
+                f"resume. To train its weights further, as a new stage: {continue_call(resume_from)}",
+                logging.WARNING,
+            )
         self._counts = [[int(number) for number in row] for row in saved["counts"]]
         if [len(row) for row in self._counts] != [5] * (len(self.plan.sources) if self.plan else 0):
             raise ValueError(f"its counts are not 5 for each source, got {shown(saved['counts'])}")
@@ -460,11 +493,25 @@ class PluginRun:
     def on_train_end(self) -> None:
         self.gather_counts()
         self._trace.write("end", self.step, counts=self.realised())
+        self.stage.end()
+        self.write_stages(self.output_dir)
+
+    def write_stages(self, folder: str) -> None:
+        """`stages.json` beside weights that are used or pushed from there."""
+        if not self.is_main:
+            return
+        try:
+            self.stage.write(folder)
+        except OSError as error:
+            # Every checkpoint has it: no reason to lose the run.
+            self.say(f"stages.json cannot be written into {folder} ({error})", logging.WARNING)
 
     # Counting
 
     def count(self, batches: Sequence[Any]) -> None:
         """Takes the counts and the marks of streams out of the micro-batches of the step about to run."""
+        for plugin in self.with_hook("see_batches"):
+            plugin.see_batches(batches)
         taken = [batch for batch in batches if hasattr(batch, "pop") and COUNTS in batch]
         if taken:
             self._uncommitted = torch.stack([batch.pop(COUNTS) for batch in taken]).sum(dim=0)
@@ -544,6 +591,8 @@ class PluginRun:
         self.commit()
         self.gather_counts()
         self._sums = self._log_sums()
+        for plugin in self.with_hook("before_save"):
+            plugin.before_save()
 
     def save(self, folder: str) -> None:
         """Writes our part of a checkpoint, last of all files."""
@@ -561,6 +610,7 @@ class PluginRun:
                 "cursor": self._cursor(),
                 "plugins": {plugin.name: plugin.state() for plugin in self.plugins},
             },
+            beside=self.stage.json(),
         )
         self._trace.write("save", self.step, folder=os.path.basename(folder))
 

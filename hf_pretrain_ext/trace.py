@@ -11,6 +11,9 @@ import logging
 import math
 import os
 import platform
+import re
+import shlex
+import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -18,10 +21,30 @@ from typing import Any
 
 from hf_pretrain_ext.say import say
 
-__all__ = ["TRACE_NAME", "Trace", "read_trace", "versions"]
+__all__ = ["TRACE_NAME", "Trace", "command", "read_trace", "scrubbed", "versions"]
 
 TRACE_NAME = "trace.jsonl"
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "bitsandbytes")
+
+
+_SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}\b")
+
+
+def scrubbed(text: str) -> str:
+    """`text` without access tokens of the Hub.
+
+    Example:
+
+    >>> scrubbed("train.py --token hf_aBcDeFgHiJkLmNoP")
+    'train.py --token <token>'
+    """
+    return _SECRET.sub("<token>", text)
+
+
+def command() -> str:
+    """The command that this process was started by, from the script's name on."""
+    script, *arguments = sys.argv or [""]
+    return scrubbed(shlex.join([os.path.basename(script), *arguments]))
 
 
 def versions() -> dict[str, str]:
@@ -72,6 +95,7 @@ class Trace:
         if not self.enabled:
             return
         line = json.dumps({"event": event, "step": step, **plain(data)}, ensure_ascii=False, allow_nan=False)
+        line = scrubbed(line)
         self.waiting.append(line + "\n")
         size = None
         try:

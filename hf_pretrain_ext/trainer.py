@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 import torch
@@ -24,6 +25,8 @@ from hf_pretrain_ext.preview import Preview, preview_of
 from hf_pretrain_ext.reload import load_converted
 from hf_pretrain_ext.run import PluginRun
 from hf_pretrain_ext.schedules import LRSchedule
+from hf_pretrain_ext.stages import Stage, read_stages
+from hf_pretrain_ext.trace import TRACE_NAME
 from hf_pretrain_ext.values import is_whole, shown
 
 __all__ = ["PlanConfig", "PluginTrainerMixin", "extend", "lambda_lr"]
@@ -98,6 +101,7 @@ class _Conductor(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.commit()
+        self.run.stage.trained = True
         if control.should_log:
             self.run.gather_counts()
 
@@ -156,6 +160,9 @@ class PluginTrainerMixin(_Base):
         run.resume_from, skipped = self._resolve(resume_from_checkpoint)
         for line in skipped:
             run.say(line)
+        if run.resume_from is not None and run.stage.adopt(self._read_stages(run.resume_from)):
+            # In a new process, what was told of earlier stages is known from here on.
+            run.attach(_plugins(self))
         if self.model_init is None:
             wrapped = self._wrap_plugin_model(self.model)
             if wrapped is not self.model:
@@ -199,8 +206,25 @@ class PluginTrainerMixin(_Base):
             raise checkpoint.CheckpointError(refusal)
         return folder, skipped
 
+    def _read_stages(self, folder: str) -> tuple[Stage, ...] | None:
+        """What a checkpoint tells of its life, read on one rank for all."""
+        found: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                found[0] = read_stages(folder)
+            except checkpoint.CheckpointError as error:
+                found[1] = str(error)
+        stages, refusal = broadcast_object_list(found)
+        if refusal is not None:
+            raise checkpoint.CheckpointError(refusal)
+        return cast("tuple[Stage, ...] | None", stages)
+
     def call_model_init(self, trial: Any = None) -> Any:
-        return self._wrap_plugin_model(super().call_model_init(trial))
+        model = super().call_model_init(trial)
+        run = getattr(self, "_plugin_run", None)
+        if run is not None and run.stage.load is not None and run.resume_from is None:
+            model = run.stage.load(model)
+        return self._wrap_plugin_model(model)
 
     def _wrap_plugin_model(self, model: Any) -> Any:
         run = getattr(self, "_plugin_run", None)
@@ -240,7 +264,7 @@ class PluginTrainerMixin(_Base):
             dataset,
             batch_sampler=sampler,
             collate_fn=PlanCollator(
-                collator, [source.name for source in plan.sources], _host.embeddings(self.model), run.shifts_labels
+                collator, [source.name for source in plan.sources], run.setup.embeddings, run.shifts_labels
             ),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
@@ -277,14 +301,15 @@ class PluginTrainerMixin(_Base):
                 super().create_optimizer(*args, **kwargs)
             for plugin in run.with_hook("wrap_optimizer"):
                 self.optimizer = plugin.wrap_optimizer(self.optimizer)
+        if run.active and run.stage.fill is not None and run.resume_from is None:
+            run.stage.fill(self.optimizer)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        owner = self._plugin_run.owner("schedule")
-        if owner is None:
+        schedule = self._plugin_run.schedule_for(num_training_steps)
+        if schedule is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            schedule = owner.schedule(self.args, num_training_steps)
             self.lr_scheduler = lambda_lr(
                 self.optimizer if optimizer is None else optimizer, schedule, self.args.learning_rate
             )
@@ -320,6 +345,18 @@ class PluginTrainerMixin(_Base):
 
     # Logging, evaluation, saving
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        folder = Path(str(self.args.output_dir))
+        if not self.is_world_process_zero() or not (folder / TRACE_NAME).is_file():
+            return
+        from hf_pretrain_ext.hub_card.writing import note_failure, write_card
+
+        try:
+            write_card(folder)
+        except (ImportError, OSError, ValueError) as error:
+            note_failure(error)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         run = self._plugin_run
         if run.eval_scalars:
@@ -347,6 +384,15 @@ class PluginTrainerMixin(_Base):
             return {**metrics, **run.eval_scalars}
         finally:
             run.eval_scalars = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        run = getattr(self, "_plugin_run", None)
+        if run is not None and run.stage.trained and not _internal_call:
+            # The history goes where the weights go. Several ranks sum their counts only where all of them must be.
+            if run.active and run.ranks[1] == 1:
+                run.gather_counts()
+            run.write_stages(output_dir or run.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with checkpoint.reading(resume_from_checkpoint, "the weights"):

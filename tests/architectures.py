@@ -153,7 +153,7 @@ def table(results: dict[str, dict[str, str]]) -> str:
         "",
         "Made by `make test-architectures`: a tiny model of each family is built from its config, trained for three "
         "steps with each plug-in, saved, reloaded and resumed; *exact* means that the resumed run equals an "
-        "uninterrupted one bit for bit.",
+        "uninterrupted one bit for bit, *refused* that `extend` says why it cannot be.",
         "",
         f"| family | {' | '.join(plugins)} |",
         f"|---|{'---|' * len(plugins)}",

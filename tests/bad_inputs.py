@@ -28,6 +28,7 @@ import torch
 import yaml
 from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets.distributed import split_dataset_by_node
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -51,17 +52,20 @@ from hf_pretrain_ext import (
     pack,
     read_trace,
 )
-from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
+from hf_pretrain_ext.callbacks import ForgettingCallback, MetadataCallback, ReplayCallback, RewarmCallback
 from hf_pretrain_ext.checkpoint import STATE_FOLDER, CheckpointError, read_state, resolve, write_state
 from hf_pretrain_ext.data import sample_rows
 from hf_pretrain_ext.demo.tokenizer import blocks, encode_documents, train_tokenizer
 from hf_pretrain_ext.loader import PlanCollator
+from hf_pretrain_ext.metadata import ControlTokens, condition
+from hf_pretrain_ext.metadata.inference import prompt_ids
 from hf_pretrain_ext.plan import Phase, Segment
 from hf_pretrain_ext.recipe import RecipeError, load_recipe
 from hf_pretrain_ext.reload import load_converted
 from hf_pretrain_ext.report.html import report
 from hf_pretrain_ext.schedules import RewarmConfig, cosine
 from hf_pretrain_ext.streams import StreamError, StreamMark, StreamReader
+from hf_pretrain_ext.vocabulary import add_tokens, fit_embeddings
 
 CATEGORIES = ("settings", "recipes", "datasets", "tokenizers", "checkpoints")
 MANIFEST, STATE_FILE = f"{STATE_FOLDER}/manifest.json", f"{STATE_FOLDER}/state.json"
@@ -461,6 +465,59 @@ def arguments_set(**given: Any) -> Prepare:
         return partial(extend, trainer, RewarmCallback(1e-2))
 
     return prepare
+
+
+def control(thresholds: Any = 0.5, **given: Any) -> Prepare:
+    return call(ControlTokens, thresholds, **given)
+
+
+def prompting(**given: Any) -> Prepare:
+    return lambda folder: partial(prompt_ids, tiny.tokenizer(), "a", **given)
+
+
+add(
+    "settings",
+    ValueError,
+    ("thresholds that are words", control("low"), "thresholds must be a number or a list of them, got 'low'"),
+    (
+        "thresholds that fall",
+        control([1, 0]),
+        "thresholds must be finite numbers, each above the one before, got [1, 0]",
+    ),
+    ("thresholds without end", control(float("inf")), "thresholds must be a number or a list of them, got inf"),
+    (
+        "fewer tokens than scores ask for",
+        control([0, 1]),
+        "tokens must be one more than thresholds: 3 for [0, 1], got",
+    ),
+    ("scores of no column", control(column=None), "column must be the name of a column of scores, got None"),
+    (
+        "segments of no kind",
+        control(segments=3),
+        "segments must be the name of a column, a function that splits texts",
+    ),
+    (
+        "all control tokens dropped",
+        control(drop=1.0),
+        "drop of ControlTokens must be the share of control tokens that",
+    ),
+    (
+        "a constant for scores",
+        control(missing="constant"),
+        "missing of ControlTokens must be one of ('plain', 'error')",
+    ),
+    ("a loss of one half", control(loss=0.5), "loss must be True or False, got 0.5"),
+    (
+        "control that is a number",
+        call(MetadataCallback, block_size=16, control=0.5),
+        "control must be ControlTokens, got 0.5",
+    ),
+    (
+        "columns of no template",
+        call(MetadataCallback, block_size=16, control=ControlTokens(0.5), columns={"a": "b"}),
+        "columns without a template, of which there is none beside control. Pass one",
+    ),
+)
 
 
 class SecondSchedule(TrainerPlugin):
@@ -1481,7 +1538,182 @@ add(
     ),
 )
 
+
+def documents(**given: Any) -> Callable[[], Dataset]:
+    """Raw documents; `given` are columns that stand in for theirs, None for one that is not there."""
+    columns = {"text": ["ab", "c d"] * 20, "url": ["a.io"] * 40, "score": [0.1, 0.9] * 20, **given}
+    return lambda: Dataset.from_dict({name: values for name, values in columns.items() if values is not None})
+
+
+def conditioning(
+    data: Callable[[], Any] | None = None, tokens: dict[str, Any] | None = None, template: Any = None, **given: Any
+) -> Prepare:
+    """`extend` with a MetadataCallback that puts control tokens before the documents of `data`."""
+    own = {name: given.pop(name) for name in ("cooldown", "block_size", "missing") if name in given}
+    control = None if tokens is None else ControlTokens(**{"thresholds": 0.5, **tokens})
+    return lambda folder: extending(
+        lambda: MetadataCallback(template, **{"block_size": 16, "cooldown": "34%", **own}, control=control),
+        data=data or documents(),
+        **{"processing_class": tiny.tokenizer(), "data_collator": PackedCollator(), **given},
+    )(folder)
+
+
+def of_documents(**given: Any) -> Callable[[], Any]:
+    return lambda: documents(**given)().to_iterable_dataset()
+
+
+COLUMNS = "only ['text', 'url', 'score']. Name the right ones in "
+
+add(
+    "datasets",
+    PluginError,
+    (
+        "documents without the column of a template",
+        conditioning(documents(url=None)),
+        "has no ['url'], only ['text', ",
+    ),
+    ("documents without texts", conditioning(documents(text=[""] * 40)), "the column 'text' holds no text at all"),
+    (
+        "documents without a cooldown's worth",
+        conditioning(tokens={}, cooldown=6),
+        "cooldown=6 is 6 of 6 steps. Leave",
+    ),
+    (
+        "metadata that fills a block",
+        conditioning(block_size=8),
+        "the metadata of row 0 takes 11 tokens, more than half",
+    ),
+    (
+        "missing metadata that is not allowed",
+        conditioning(documents(url=[None] * 40), missing="error"),
+        "a row has no value for ['domain'] (columns ['url'])",
+    ),
+    ("no column of scores", conditioning(tokens={"column": "toxicity"}), f"no ['toxicity'], {COLUMNS}ControlTokens("),
+    ("no column of segments", conditioning(tokens={"segments": "parts"}), "segments='parts' is no column of the "),
+    ("segments that are texts", conditioning(tokens={"segments": "text"}), "'text' must hold lists of texts, got str"),
+    ("scores that are words", conditioning(documents(score=["low"] * 40), {}), "row 0 holds 'low', and a score is a"),
+    ("scores of nobody knows what", conditioning(documents(score=[[0.1, 0.2]] * 40), {}), "2 scores for one document"),
+    (
+        "scores of other segments",
+        conditioning(documents(score=[[0.1, 0.2]] * 40), {"segments": lambda text: [text]}),
+        "row 0 holds 2 scores for 1 segments. Score the segments that the document is split into",
+    ),
+    (
+        "a split that loses white space",
+        conditioning(tokens={"segments": str.split}),
+        "segments split row 1 into ['c', 'd'], which joined are not its text 'c d'. Let the function keep white space",
+    ),
+    ("scores that are all missing", conditioning(documents(score=[None] * 40), {}), "no text of the dataset gets a "),
+    (
+        "a missing score that is not allowed",
+        conditioning(documents(score=[0.1, None] * 20), {"missing": "error"}),
+        "row 1 has no score (column 'score'). Fill it in, or pass missing='plain' to ControlTokens",
+    ),
+    (
+        "a stream without scores",
+        conditioning(of_documents(score=None), {}),
+        "['score'] is no column of row 0 of the stream, which has ['text', 'url']. Name the one that holds scores",
+    ),
+)
+
 # --- tokenizers -------------------------------------------------------------------------------------
+
+
+def chatting() -> PreTrainedTokenizerFast:
+    """A token of its own that only its chat template knows."""
+    made = tiny.tokenizer()
+    made.add_special_tokens({"extra_special_tokens": ["<|user|>"]})
+    made.chat_template = "{% for message in messages %}<|user|>{{ message.content }}{% endfor %}"
+    return made
+
+
+def with_gaps() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE({"<e>": 0, "a": 1, "c": 3, "b": 5}, [], unk_token="<e>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
+
+
+def fitting(model: Callable[[], Any], tokens: Any = ("<|good|>",), more: Any = (), **given: Any) -> Prepare:
+    """`fit_embeddings` of a model for tokens that a tokenizer has; `more` are ids that it does not have."""
+
+    def prepare(folder: Path) -> Act:
+        tokenizer = tiny.tokenizer()
+        return partial(fit_embeddings, model(), tokenizer, [*add_tokens(tokenizer, tokens), *more], **given)
+
+    return prepare
+
+
+def adapted() -> Any:
+    return get_peft_model(tiny.model(), LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def eight_bit() -> Any:
+    model = tiny.model()
+    table = torch.nn.Parameter(torch.zeros(64, 16, dtype=torch.int8), requires_grad=False)
+    model.get_input_embeddings().weight = table
+    return model
+
+
+def adding(tokens: Any, tokenizer: Callable[[], Any] = tiny.tokenizer) -> Prepare:
+    return lambda folder: partial(add_tokens, tokenizer(), tokens)
+
+
+add(
+    "tokenizers",
+    ValueError,
+    (
+        "a token without a name",
+        adding(["<|good|>", ""]),
+        "without white space at their ends, such as '<|good|>', got ''",
+    ),
+    ("a token twice", adding(["<|a|>", "<|a|>"]), "tokens has ['<|a|>'] more than once. Give every token a name of"),
+    (
+        "one text for tokens",
+        adding("<|good|>"),
+        "tokens must be a list of texts such as ['<|good|>', '<|bad|>'], got ",
+    ),
+    ("a token that is text", adding(["a"]), "tokens has ['a'], which the tokenizer knows as ordinary text. Choose"),
+    ("gaps in a vocabulary", adding(["<g>", "<h>"], with_gaps), "its vocabulary of 4 tokens has gaps (largest id 5)"),
+    (
+        "ids that no tokenizer has",
+        fitting(tiny.model, more=[999]),
+        "ids must be token ids that the tokenizer has, as ",
+    ),
+    ("rows made of chance", fitting(tiny.model, init="normal"), "init must be one of ('mean', 'zero'), got 'normal'"),
+    ("rows beside an adapter", fitting(adapted), "the model has an adapter, and embeddings beside it are neither "),
+    ("rows in eight bits", fitting(eight_bit), "the embeddings of the model are quantised (Embedding of torch.int8)"),
+    ("rows on no device", fitting(lambda: tiny.model().to("meta")), "the embeddings of the model are offloaded "),
+    (
+        "a control token that the tokenizer does not have",
+        prompting(control="<|good|>"),
+        "one of ['<eos>', '<unk>'], got",
+    ),
+    (
+        "a control token that is a number",
+        call(condition, "a", control=3),
+        "control must be the text of a control token",
+    ),
+    ("nothing to condition on", call(condition, "a"), "there is neither a template nor control='<|good|>', say"),
+)
+add(
+    "tokenizers",
+    PluginError,
+    (
+        "the end as a control token",
+        conditioning(tokens={"tokens": ["<eos>", "<|b|>"]}),
+        "which the tokenizer has as its",
+    ),
+    (
+        "a control token of the chat",
+        conditioning(tokens={"tokens": ["<|user|>", "<|b|>"]}, processing_class=chatting()),
+        "tokens has '<|user|>', which the tokenizer has as its part of the chat template. Choose names of their own",
+    ),
+    ("control tokens beside an adapter", conditioning(tokens={}, model=adapted()), "the model has an adapter, and "),
+    (
+        "control tokens without a tokenizer",
+        conditioning(tokens={}, processing_class=None),
+        "the Trainer has no tokenizer",
+    ),
+)
 
 
 @cache

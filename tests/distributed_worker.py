@@ -104,6 +104,10 @@ def run(
     """Trains; `changed` are TrainingArguments, `streamed` makes the training data a stream."""
     watch = Watch()
     inside = [SavesInsideAStep(save_inside)] if save_inside is not None else []
+    given = settings.trainer_for(tuple(plugins))
+    for module in given["model"].modules() if "model" in given else ():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0  # its masks follow the ranks
     trainer = extend(
         tiny.trainer(
             folder,
@@ -111,8 +115,8 @@ def run(
             watch,
             *inside,
             **{"data": tiny.rows(40).to_iterable_dataset(num_shards=4)} if streamed else {},
-            **settings.trainer_for(tuple(plugins)),
             **{
+                **given,
                 "per_device_train_batch_size": 4 if "WORLD_SIZE" in os.environ else 8,
                 "max_steps": 6,
                 "save_strategy": "steps",

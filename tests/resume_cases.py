@@ -59,6 +59,11 @@ CASES = [
     Case(("replay-tokens", "forgetting"), (4,), {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2}),
     Case(("replay-stream",), (1, 13), {**EPOCHS, "dataloader_num_workers": 2}, rows=37),
     Case(("gradnormlorp",), (1, 4)),
+    Case(("buffer",), (2, 4), {"dataloader_num_workers": 2}),
+    Case(("buffer", "replay-stream"), (3, 12), EPOCHS),
+    # In the middle of an interval, and at its end.
+    Case(("reptile", "replay"), (3, 12), EPOCHS),
+    Case(("reptile", "gradnormlorp"), (1, 4), {"bf16": True, "gradient_accumulation_steps": 2}),
     Case(("gradnormlorp", *settings.TOGETHER), (3,), {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2}),
     Case(("gradnormlorp-dora", "replay"), (2, 12), EPOCHS),
     Case(("replay-stream", "rewarm"), (3,), {"bf16": True, "gradient_accumulation_steps": 2}),
@@ -68,6 +73,15 @@ CASES = [
     Case(("metadata", "replay-documents", "forgetting-documents"), (5, 17), EPOCHS),
     Case(("metadata-stream",), (3, 4), {"dataloader_num_workers": 2}),
     Case(("metadata-mixed", "rewarm"), (3,), {"gradient_accumulation_steps": 2}),
+    Case(("meta_tokens",), (1, 4), {"dataloader_num_workers": 2}),
+    Case(("meta_tokens", "replay", "rewarm"), (2, 12), {**EPOCHS, "activation_checkpointing": True}, rows=38),
+    Case(("meta_tokens", "gradnormlorp"), (3,), {"bf16": True, "gradient_accumulation_steps": 2}),
+    Case(("meta_tokens-row", "forgetting"), (3, 11), EPOCHS),
+    Case(("meta_tokens-meta",), (4,), {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2}),
+    # Beside an adapter, whose checkpoints hold neither the token's row nor meta-attention.
+    Case(("meta_tokens-lora", "replay"), (1, 13), EPOCHS),
+    # Rows that the model gets for control tokens; a stop after the first step, and in the cooldown.
+    Case(("metadata-segments",), (1, 5), {"dataloader_num_workers": 2}),
 ]
 
 

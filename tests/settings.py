@@ -7,16 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import tiny
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from hf_pretrain_ext import PackedCollator, TrainerPlugin
 from hf_pretrain_ext.callbacks import (
+    BufferCallback,
     ForgettingCallback,
     GradNormLoRPCallback,
     MetadataCallback,
+    MetaTokensCallback,
     ReplayCallback,
+    ReptileCallback,
     RewarmCallback,
 )
+from hf_pretrain_ext.metadata import ControlTokens
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,45 @@ def raw_documents(number: int = 40) -> dict[str, Any]:
     }
 
 
+def scored_documents(number: int = 40, lacking: bool = False) -> Any:
+    """Raw documents with a score each; every fifth lacks it if `lacking`."""
+    scores = [None if lacking and row % 5 == 0 else 7 * row % 10 / 10 for row in range(number)]
+    return tiny.documents(number).add_column("score", scores)
+
+
+def thirds(text: str) -> list[str]:
+    """A text in segments of three letters."""
+    return [text[start : start + 3] for start in range(0, len(text), 3)]
+
+
+def scored(rows: int) -> dict[str, Any]:
+    return {**raw_documents(), "data": scored_documents(), "model": tiny.model(0.1, vocabulary=rows)}
+
+
+def control(template: str | None = None, tokens: dict[str, Any] | None = None, **given: Any) -> MetadataCallback:
+    made = ControlTokens(**{"thresholds": 0.5, "drop": 0.2, **(tokens or {})})
+    return MetadataCallback(template, **{"block_size": 16, "cooldown": "34%", "control": made, **given})
+
+
 def metadata(template: str = "{domain} ", **given: Any) -> MetadataCallback:
     return MetadataCallback(template, **{"block_size": 16, "cooldown": "34%", **given})
+
+
+def full_tokenizer() -> dict[str, Any]:
+    """A tokenizer with a token for every embedding of the tiny model: a new one needs a new row."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens([f"<u{number}>" for number in range(tiny.VOCABULARY - len(tokenizer))])
+    return {"processing_class": tokenizer}
+
+
+def meta_tokens(**given: Any) -> MetaTokensCallback:
+    return MetaTokensCallback(**{"fraction": 0.25, **given})
+
+
+def adapted() -> dict[str, Any]:
+    """A model with a LoRA adapter."""
+    config = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1)
+    return {**full_tokenizer(), "model": get_peft_model(tiny.model(0.1), config)}
 
 
 def dora() -> LoraConfig:
@@ -149,6 +190,15 @@ ROWS = [
         varied=(lambda: ReplayCallback(stream().shuffle(seed=2, buffer_size=6), ratio=0.25),),
     ),
     Row(
+        "reptile",
+        make=lambda: ReptileCallback(every=2, epsilon=0.5),
+        neutral=lambda: ReptileCallback(every=2, epsilon=1, allow_no_effect=True),
+        varied=(
+            lambda: ReptileCallback(every=3, epsilon=0.5),
+            lambda: ReptileCallback(every=2, epsilon=0.25),
+        ),
+    ),
+    Row(
         "gradnormlorp",
         make=lambda: GradNormLoRPCallback(rank=4, update_proj_gap=2),
         varied=(
@@ -198,6 +248,53 @@ ROWS = [
         trainer=lambda: {**raw_documents(), "data": tiny.documents(80).to_iterable_dataset(num_shards=4)},
         varied=(lambda: metadata(cooldown=1), lambda: metadata(drop=0.5)),
     ),
+    Row(
+        # Of the tokenizer's 43 tokens the model has rows for 64.
+        "metadata-control",
+        make=control,
+        wraps_plan=True,
+        trainer=lambda: scored(64),
+        varied=(
+            lambda: control(cooldown=0),
+            lambda: control("{domain} "),
+            lambda: control(tokens={"thresholds": 0.3}),
+            lambda: control(tokens={"thresholds": [0.3, 0.5], "tokens": ["<|a|>", "<|b|>", "<|c|>"]}),
+            lambda: control(tokens={"drop": 0.0}),
+            lambda: control(tokens={"segments": thirds}),
+            lambda: control("{domain} ", tokens={"loss": True}),
+        ),
+    ),
+    Row(
+        # Of the tokenizer's 43 tokens the model has rows for no more.
+        "metadata-segments",
+        make=lambda: control("{domain} ", tokens={"segments": thirds}),
+        wraps_plan=True,
+        trainer=lambda: scored(43),
+        varied=(lambda: control("{domain} "), lambda: control(tokens={"segments": thirds})),
+    ),
+    Row(
+        "meta_tokens",
+        make=meta_tokens,
+        neutral=lambda: meta_tokens(fraction=0, allow_no_effect=True),
+        wraps_plan=True,
+        trainer=full_tokenizer,
+        varied=(
+            lambda: meta_tokens(fraction=0.5),
+            lambda: meta_tokens(attention=False),
+            lambda: meta_tokens(rope="off"),
+            lambda: meta_tokens(positions="every_n"),
+            lambda: meta_tokens(positions="boundaries"),
+            lambda: meta_tokens(positions="boundaries", boundaries=["a", "<u5>"]),
+            lambda: meta_tokens(length="fixed"),
+            lambda: meta_tokens(train="meta"),
+            lambda: meta_tokens(meta_attention={"init": "normal"}),
+            lambda: meta_tokens(meta_attention={"seed": 7}),
+        ),
+    ),
+    Row("meta_tokens-row", make=lambda: meta_tokens(attention=False, train="meta"), trainer=full_tokenizer),
+    Row("meta_tokens-meta", make=lambda: meta_tokens(train="meta", length="fixed"), trainer=full_tokenizer),
+    Row("meta_tokens-lora", make=lambda: meta_tokens(train="meta"), trainer=adapted),
+    Row("buffer", make=lambda: BufferCallback(max_bytes="1 MiB"), observer=True),
     Row("forgetting", make=lambda: ForgettingCallback({"old": tiny.rows(10, seed=9)}, every=2), observer=True),
 ]
 

@@ -257,6 +257,28 @@ def test_projected_gradients_refuse_what_is_sharded(where: str, folder: Path) ->
     assert "gradnormlorp: " in done.stderr and "needs whole matrices" in done.stderr
 
 
+@pytest.mark.parametrize("where", ["ddp", "fsdp2"])
+def test_reptile_on_two_ranks(where: str, folder: Path) -> None:
+    """As one process up to rounding; the ranks alike; under DDP a resume inside an interval is bit-exact."""
+    plugins = ["reptile", "replay"]
+    alone = distributed_worker.run(folder / f"reptile-one-{where}", plugins=tuple(plugins))[1]
+    two = launch(folder, f"reptile-{where}", where, plugins=plugins)
+    assert all(torch.equal(two[0]["weights"][k], v) for k, v in two[1]["weights"].items())
+    for name, weight in two[0]["weights"].items():
+        torch.testing.assert_close(weight, alone["weights"][name], rtol=0, atol=2e-5)
+    if where == "ddp":
+        saved = str(folder / "reptile-ddp" / "checkpoint-3")
+        resumed = launch(folder, "reptile-resumed", plugins=plugins, resume_from=saved)
+        for rank in (0, 1):
+            assert all(torch.equal(resumed[rank]["weights"][k], v) for k, v in two[rank]["weights"].items())
+
+
+@needs_deepspeed
+def test_reptile_is_refused_where_deepspeed_would_undo_it(folder: Path) -> None:
+    done = start(folder, "reptile-zero", "zero2", plugins=["reptile"])
+    assert done.returncode != 0 and "its next step would undo the interpolation" in done.stderr
+
+
 DOCUMENTS = ["metadata", "replay-documents"]
 
 
@@ -275,3 +297,27 @@ def test_metadata_on_two_ranks(where: str, folder: Path) -> None:
         for rank in (0, 1):
             assert all(torch.equal(resumed[rank]["weights"][k], v) for k, v in two[rank]["weights"].items())
             assert resumed[rank]["counts"] == two[rank]["counts"]
+
+
+@pytest.mark.parametrize("plugin", [pytest.param("metadata-control", marks=pytest.mark.slow), "metadata-segments"])
+@pytest.mark.parametrize("where", ["ddp", *WHERE[2:]])
+def test_control_tokens_on_two_ranks(where: str, plugin: str, folder: Path) -> None:
+    """Rows that every rank gives its model, where it had room (the first) and where it had not: as in one process."""
+    name = f"{plugin}-{where}"
+    one = distributed_worker.run(folder / f"{name}-one", plugins=(plugin,))[1]
+    two = launch(folder, name, where, plugins=[plugin])
+    assert all(torch.equal(joined(two, step), one["rows"][step]) for step in range(6))
+    for ours, theirs in zip(two[0]["log"], one["log"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    gaps = [(weight - one["weights"][key]).abs().max().item() for key, weight in two[0]["weights"].items()]
+    assert max(gaps) < 2e-4
+    assert all(torch.equal(two[0]["weights"][key], weight) for key, weight in two[1]["weights"].items())
+    resumed = launch(folder, f"{name}-again", where, plugins=[plugin], resume_from=str(folder / name / "checkpoint-3"))
+    for rank in (0, 1):
+        assert all(torch.equal(resumed[rank]["weights"][key], v) for key, v in two[rank]["weights"].items())
+
+
+@pytest.mark.slow
+def test_control_tokens_are_refused_where_embeddings_are_sharded(folder: Path) -> None:
+    done = start(folder, "control-fsdp2", "fsdp2", plugins=["metadata-control"])
+    assert done.returncode != 0 and "the embeddings of the model are sharded" in done.stderr

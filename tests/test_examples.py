@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import pydoc_data.topics
@@ -23,7 +24,7 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_pretrain_ext import extend, read_trace
+from hf_pretrain_ext import extend, read_stages, read_trace
 from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
 from hf_pretrain_ext.demo.tokenizer import END_OF_TEXT, train_tokenizer
 
@@ -455,3 +456,30 @@ def check_heldout_loss(kinds: Kinds, trainer: Any, probe: ForgettingCallback, wr
     entry = probe.history.sets["held"]
     assert entry["steps"] == [0, STEPS] and entry["tokens"] == number
     assert entry["losses"][-1] == pytest.approx(loss / number, rel=2e-6)
+
+
+# A life of many stages
+
+
+def test_many_stages(tmp_path: Path) -> None:
+    """Three stages at one constant rate, each replaying all before it by what was seen, and a branch that anneals."""
+    run_script("many_stages.py", ["--output_dir", str(tmp_path / "life"), "--steps", "16"], tmp_path / "cache")
+    stages = read_stages(tmp_path / "life" / "deploy")
+    assert stages is not None
+    assert [(stage.name, stage.kind, stage.steps) for stage in stages] == [
+        ("stage-1", "stage", 16),
+        ("code", "stage", 16),
+        ("tables", "stage", 16),
+        ("anneal-4", "anneal", 4),
+    ]
+    shares = [{source.name: (source.tokens or 0) / 64 for source in stage.sources} for stage in stages]
+    assert shares[:2] == [{"stage-1": 256}, {"code": 192, "stage-1": 64}]
+    # 320 to 192 of 64: the tokens that the life had seen of each.
+    assert shares[2] == {"tables": 192, "stage-1": 40, "code": 24}
+    assert [stage.rate for stage in stages[:3]] == [pytest.approx(1.65e-3)] * 3 and stages[3].annealed
+    for before, after in itertools.pairwise(stages):
+        # Weights and held-out sets go from one to the next: where a stage ends, the next begins.
+        for name, held in before.recorded["forgetting"].items():
+            assert after.recorded["forgetting"][name]["baseline"] == pytest.approx(held["last"], rel=1e-5)
+    assert stages[2].recorded["forgetting"]["tables"]["last"] < stages[1].recorded["forgetting"]["tables"]["last"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "life" / "deploy")

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_pretrain_ext.demo.tokenizer import END_OF_TEXT, train_tokenizer
 from hf_pretrain_ext.metadata import EXTRACTORS, MissingMetadata, Template, condition, generate, prepare, prepare_views
-from hf_pretrain_ext.metadata.documents import lay_out
 from hf_pretrain_ext.metadata.extract import clean
 from hf_pretrain_ext.metadata.inference import prompt_ids
+from hf_pretrain_ext.metadata.layout import lay_out
 from hf_pretrain_ext.packing import pack
 
 _ = None  # a label that bears no loss

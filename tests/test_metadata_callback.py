@@ -13,7 +13,19 @@ import settings
 import tiny
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, OPTConfig, OPTForCausalLM, Trainer, TrainerCallback
+from transformers import (
+    AutoConfig,
+    DataCollatorForLanguageModeling,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+)
 from trl import SFTConfig, SFTTrainer
 
 from hf_pretrain_ext import PackedCollator, PlanConfig, PluginError, extend, read_trace
@@ -371,9 +383,41 @@ def test_a_model_that_leaks_is_refused(tmp_path: Path) -> None:
     run(tmp_path, callback(isolate=False), model=opt(), max_steps=4).train()
 
 
+def bert() -> RobertaForMaskedLM:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    return RobertaForMaskedLM(RobertaConfig(**sizes, num_attention_heads=2, max_position_embeddings=66))
+
+
+def mamba() -> MambaForCausalLM:
+    return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_without_positions_trains_on_documents_that_are_not_isolated(stream: bool, tmp_path: Path) -> None:
+    rows = numbered(200).to_iterable_dataset() if stream else numbered(200)
+    given: dict[str, Any] = {"model": mamba(), "data": rows}
+    with pytest.raises(PluginError, match=r"MambaForCausalLM takes no position_ids.*default_data_collator"):
+        run(tmp_path, callback(isolate=False), **given)
+    watched: list[tuple[str, ...]] = []
+    trainer = run(tmp_path, callback(isolate=False), **given, data_collator=default_data_collator)
+    trainer.model.register_forward_pre_hook(lambda m, a, k: watched.append(tuple(k)) or None, with_kwargs=True)
+    trainer.train()
+    assert {"input_ids", "labels"} <= set(watched[-1]) and "position_ids" not in watched[-1]
+
+
+def test_a_model_that_reads_what_it_is_asked_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match="RobertaForMaskedLM is no causal language model"):
+        run(tmp_path, callback(isolate=False), model=bert())
+
+
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"processing_class": None}, "the Trainer has no tokenizer"),
     ({}, {"data_collator": tiny.default_data_collator}, "data_collator is a function, which does not keep documents"),
+    (
+        {"isolate": False},
+        {"data_collator": DataCollatorForLanguageModeling(TOKENIZER, mlm=False)},
+        "data_collator is a DataCollatorForLanguageModeling, which may make labels of its own",
+    ),
     ({}, {"data": tiny.rows(40)}, r"tokenized already \(columns \['input_ids', 'labels'\]\)"),
     ({}, {"data": [{"text": "a", "url": "b"}]}, r"dataset must be a datasets\.Dataset, got list"),
     ({}, {"data": Dataset.from_dict({"text": ["a"]})}, r"takes the columns \['url'\]"),
@@ -404,7 +448,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"overflow": None}, "overflow must be one of"),
     ({"missing": "skip"}, "missing must be one of"),
     ({"constant": "a\nb"}, "constant must be a short line"),
-    ({"template": None}, "template"),
+    ({"template": 3}, "template must be a string or a Template, got 3"),
     ({"template": Template("{a}"), "missing": "plain"}, "missing beside a Template"),
     ({"block_size": 0}, "block_size must be an integer"),
     ({"text_column": 3}, "text_column must be the name of a column, got 3"),

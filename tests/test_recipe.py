@@ -14,10 +14,11 @@ import pytest
 import tiny
 import yaml
 
-from hf_pretrain_ext import read_trace
-from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
+from hf_pretrain_ext import PluginError, read_trace
+from hf_pretrain_ext.callbacks import ForgettingCallback, MetadataCallback, ReplayCallback, RewarmCallback
 from hf_pretrain_ext.cli import main
 from hf_pretrain_ext.demo.tokenizer import train_tokenizer
+from hf_pretrain_ext.metadata import ControlTokens, Template
 from hf_pretrain_ext.recipe import RecipeError, load_recipe
 
 WORDS = "the cat sat on the mat and the dog ran over the hill to see what the bird had made of it".split()
@@ -308,3 +309,110 @@ def test_the_recipe_in_the_help_and_in_the_module_is_one() -> None:
         for document in (cli._RECIPE, recipe.__doc__)
     ]
     assert examples[0] == examples[1]
+
+
+# Raw documents
+
+
+@pytest.fixture(scope="module")
+def documents(world: Path) -> Path:
+    """The corpora with an address and a score each, the old one with other names of its columns."""
+    for name, number, seed in (("new", 90, 1), ("old", 60, 2), ("held", 20, 3)):
+        column = "body" if name == "old" else "text"
+        rows = [
+            {column: document, "meta": {"url": f"https://{name}.org/{n}"}, "score": n % 4}
+            for n, document in enumerate(text(number, seed))
+        ]
+        (world / f"{name}-documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return world
+
+
+def of_documents(world: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    data = {n: {"path": "json", "data_files": str(world / f"{n}-documents.jsonl")} for n in ("new", "old", "held")}
+    given = recipe(
+        world,
+        output,
+        data=data["new"],
+        eval_data=data["held"],
+        replay={"sources": {"old": {**data["old"], "text_column": "body"}}, "ratio": 0.25},
+        forgetting={"sets": {"old": data["held"]}, "every": 3, "first_steps": "sparse"},
+        metadata={
+            "template": "{domain}\n",
+            "columns": {"domain": ["meta.url", "domain"]},
+            "block_size": 32,
+            "cooldown": "34%",
+            "control": {"thresholds": 1, "tokens": ["<|short|>", "<|long|>"], "drop": 0},
+        },
+        **changes,
+    )
+    return {name: value for name, value in given.items() if name != "pack"}
+
+
+def test_raw_documents_with_metadata_and_control_tokens(documents: Path, tmp_path: Path) -> None:
+    """As Python code would do it: conditioned blocks to train on, plain ones to replay, to probe and to evaluate on."""
+    made = load_recipe(written(tmp_path / "r.yaml", of_documents(documents, tmp_path / "out")))
+    trainer = made.build()
+    plugin = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, MetadataCallback))
+    control = ControlTokens(1, ["<|short|>", "<|long|>"], drop=0)
+    template = Template("{domain}\n", {"domain": ("meta.url", "domain")})
+    assert plugin.settings() == MetadataCallback(template, block_size=32, cooldown="34%", control=control).settings()
+    trainer.train()
+    tokenizer = trainer.processing_class
+    ids = tokenizer.convert_tokens_to_ids(["<|short|>", "<|long|>"])
+    sources = {source.name: source.dataset for source in trainer.plugin_run.plan.sources}
+    assert set(sources) == {"conditioned", "plain", "old"}
+    decoded = tokenizer.decode(sources["conditioned"][0]["input_ids"])
+    assert re.match(r"new\.org\n<\|(short|long)\|>", decoded), decoded
+    for rows in (sources["plain"], sources["old"], trainer.eval_dataset):
+        assert not any(set(ids) & set(row) for row in rows["input_ids"]) and len(rows[0]["input_ids"]) == 32
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert trainer.model.config.vocab_size == 302 and trainer.model.config.fitted_tokens
+
+
+def test_a_stream_of_raw_documents(documents: Path, tmp_path: Path) -> None:
+    content = of_documents(documents, tmp_path / "out")
+    content["data"]["streaming"] = True
+    trainer = load_recipe(written(tmp_path / "r.yaml", content)).build()
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+METADATA_WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"metadata": {"template": "{domain}\n"}}, "metadata.block_size is missing: Tokens a block."),
+    ({"metadata": {"block_size": 32, "templat": "x"}}, "metadata has no setting 'templat': did you mean 'template'?"),
+    ({"metadata": {"block_size": 32, "cooldown": 2.0}}, "metadata: cooldown must be an int (steps)"),
+    ({"metadata": 32}, "metadata must hold settings by name, got 32"),
+    ({"metadata": {"block_size": 32, "control": {}}}, "metadata.control.thresholds is missing"),
+    ({"metadata": {"block_size": 32, "control": 0.5}}, "metadata.control must hold settings by name, got 0.5"),
+    (
+        {"metadata": {"block_size": 32, "control": {"thresholds": [1, 0]}}},
+        "metadata.control: thresholds must be finite numbers, each above the one before",
+    ),
+    (
+        {"metadata": {"block_size": 32, "control": {"thresholds": 1, "token": []}}},
+        "metadata.control has no setting 'token': did you mean 'tokens'?",
+    ),
+    ({"pack": {"block_size": 16}}, "pack: metadata makes blocks of its own, of metadata.block_size tokens"),
+    ({"trainer": "sft"}, "trainer: metadata takes raw documents, and SFTTrainer tokenizes them"),
+    (
+        {"eval_data": {"path": "json", "data_files": "x.jsonl", "streaming": True}},
+        "eval_data.streaming: only the data of the run can be a stream of raw documents",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), METADATA_WRONG, ids=range(len(METADATA_WRONG)))
+def test_what_is_wrong_with_metadata_is_said_before_data_is_loaded(
+    changes: dict[str, Any], message: str, world: Path, tmp_path: Path
+) -> None:
+    content = {**of_documents(world, tmp_path / "out"), **changes}
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(written(tmp_path / "r.yaml", content))
+
+
+def test_documents_that_hold_no_such_column(documents: Path, tmp_path: Path) -> None:
+    content = of_documents(documents, tmp_path / "out")
+    content["metadata"]["control"]["column"] = "toxicity"
+    made = load_recipe(written(tmp_path / "r.yaml", content))
+    with pytest.raises(PluginError, match=r"control tokens take the columns \['toxicity'\]"):
+        made.build()

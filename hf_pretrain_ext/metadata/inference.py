@@ -1,42 +1,65 @@
-"""A prompt behind the line of metadata that a model was trained with ("conditional inference", MeCo, 4)."""
+"""A prompt behind what a model was trained with: metadata ("conditional inference", MeCo, 4) and control tokens.
+
+An evaluation harness that takes a prefix as text takes `condition("", template, ...)`; see the method card.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from hf_pretrain_ext.metadata.documents import checked_template
+from hf_pretrain_ext.metadata.source import checked_template
 from hf_pretrain_ext.metadata.template import Template
 from hf_pretrain_ext.packing import checked_tokenizer, opening, text_encoder, text_ids
 from hf_pretrain_ext.values import shown
+from hf_pretrain_ext.vocabulary import special_tokens
 
 __all__ = ["condition", "generate", "prompt_ids"]
 
 
-def condition(prompt: str, template: Template | str, /, **values: Any) -> str:
+def condition(prompt: str, template: Template | str | None = None, /, *, control: str = "", **values: Any) -> str:
     """
-    The prompt with the template's line in front, as text: for `pipeline`, or as a prefix of an evaluation.
+    The prompt behind the template's line and a control token, as text: for `pipeline`, or to prefix an evaluation.
 
     A tokenizer that is given text may join the line's last character with the prompt's first, which never happened in
-    training; [`prompt_ids`] and [`generate`] tokenize the two apart.
+    training; [`prompt_ids`] and [`generate`] tokenize the two apart. It makes a control token of whatever text spells
+    one, in the prompt too.
 
     Args:
         prompt (`str`): what the model is to go on with.
-        template ([`Template`] or `str`): the trained one; [`Template.load`] reads it from the model's folder.
+        template ([`Template`] or `str`, *optional*): the trained one, if any; [`Template.load`] reads it from the
+            model's folder.
+        control (`str`, *optional*): a trained control token, such as `"<|good|>"`; [`ControlTokens.load`] reads them.
         values: by field of the template; cleaned, as in training.
 
     Raises:
-        `ValueError`: a field that is left out or unknown.
+        `ValueError`: a field that is left out or unknown, or neither a template nor a control token.
 
     Example:
 
     >>> condition("The capital of", "URL: {domain}\\n\\n", domain="en.wikipedia.org")
     'URL: en.wikipedia.org\\n\\nThe capital of'
+    >>> condition("The capital of", control="<|good|>")
+    '<|good|>The capital of'
     """
-    return checked_template(template).format(**values) + prompt
+    if not isinstance(control, str):
+        raise ValueError(f"control must be the text of a control token, such as '<|good|>', got {shown(control)}")
+    if template is None and not control:
+        raise ValueError("there is neither a template nor control='<|good|>', say, to condition on")
+    return _line(template, values) + control + prompt
 
 
-def prompt_ids(tokenizer: Any, prompt: str, template: Template | str | None = None, /, **values: Any) -> list[int]:
-    """Token ids of a prompt as training would have them: BOS where the tokenizer has it, the line, the prompt.
+def _line(template: Template | str | None, values: dict[str, Any]) -> str:
+    if template is not None:
+        return checked_template(template).format(**values)
+    if values:
+        raise ValueError(f"there are values for {sorted(values)}, but no template that has such fields")
+    return ""
+
+
+def prompt_ids(
+    tokenizer: Any, prompt: str, template: Template | str | None = None, /, *, control: str = "", **values: Any
+) -> list[int]:
+    """Token ids of a prompt as training would have them: BOS where the tokenizer has it, line, control token, prompt.
 
     Example:
 
@@ -45,13 +68,26 @@ def prompt_ids(tokenizer: Any, prompt: str, template: Template | str | None = No
     >>> tokenizer.decode(prompt_ids(tokenizer, "ab", "at {place}: ", place="home<|endoftext|>"))
     'at home<|endoftext|>: ab'
     """
-    tokenizer = checked_tokenizer(tokenizer)
+    return _joined(checked_tokenizer(tokenizer), _line(template, values), control, prompt)
+
+
+def _joined(tokenizer: Any, line: str, control: str, prompt: str) -> list[int]:
     if not isinstance(prompt, str):
         raise ValueError(f"prompt must be a string, got {shown(prompt)}")
-    encoder, control = text_encoder(tokenizer)
-    texts = [prompt] if template is None else [checked_template(template).format(**values), prompt]
-    ids = [number for part in text_ids(encoder, texts, control) for number in part]
-    return [*opening(tokenizer, encoder), *ids]
+    encoder, special = text_encoder(tokenizer)
+    head, told = (text_ids(encoder, [text], special)[0] if text else [] for text in (line, prompt))
+    return [*opening(tokenizer, encoder), *head, *_control_ids(tokenizer, control), *told]
+
+
+def _control_ids(tokenizer: Any, control: Any) -> list[int]:
+    if control == "":
+        return []
+    known = special_tokens(tokenizer)
+    if control not in known:
+        raise ValueError(
+            f"control must be a special token of the tokenizer, one of {shown(sorted(known))}, got {shown(control)}"
+        )
+    return [known[control]]
 
 
 def generate(
@@ -61,28 +97,31 @@ def generate(
     template: Template | str | None = None,
     /,
     *,
+    control: str = "",
     values: dict[str, Any] | None = None,
     forbid_control_tokens: bool = True,
     **settings: Any,
 ) -> str:
     """
-    What the model writes behind a prompt with metadata.
+    What the model writes behind a prompt with metadata or a control token.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the trained model.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
-        prompt (`str`): may be empty if there is metadata or a BOS token.
+        prompt (`str`): may be empty if there is metadata, a control token or a BOS token.
         template ([`Template`] or `str`, *optional*): the trained one; without it there is no metadata.
+        control (`str`, *optional*): a trained control token, such as `"<|good|>"`, before the prompt.
         values (`dict`, *optional*): by field of the template.
         forbid_control_tokens (`bool`, *optional*, defaults to `True`): never write a special token, other than the
-            end of the text.
+            end of the text (published with control tokens).
         settings: passed on to `model.generate`, such as `max_new_tokens`.
 
     Returns:
         `str`: the new text alone, without special tokens.
 
     Raises:
-        `ValueError`: a field that is left out or unknown, or nothing to go on with.
+        `ValueError`: a field that is left out or unknown, a control token that the tokenizer does not have, or nothing
+            to go on with.
 
     Example:
 
@@ -93,15 +132,16 @@ def generate(
     """
     import torch
 
-    ids = prompt_ids(tokenizer, prompt, template, **(values or {}))
+    tokenizer = checked_tokenizer(tokenizer)
+    line = _line(template, values or {})
+    # Not as keywords: a field may be called as an argument is.
+    ids = _joined(tokenizer, line, control, prompt)
     if not ids:
         raise ValueError("prompt is empty, and there is neither metadata nor a BOS token to begin with")
-    tokenizer = checked_tokenizer(tokenizer)
     if forbid_control_tokens:
-        control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        control |= set(tokenizer.all_special_ids)
+        forbidden = set(special_tokens(tokenizer).values()) - {tokenizer.eos_token_id}
         given = settings.pop("suppress_tokens", None) or []
-        settings["suppress_tokens"] = sorted({*given, *(control - {tokenizer.eos_token_id})})
+        settings["suppress_tokens"] = sorted({*given, *forbidden})
     if tokenizer.eos_token_id is not None:
         settings.setdefault("eos_token_id", tokenizer.eos_token_id)
         settings.setdefault("pad_token_id", tokenizer.eos_token_id)

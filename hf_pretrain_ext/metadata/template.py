@@ -8,12 +8,12 @@ import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from hf_pretrain_ext.metadata.extract import EXTRACTORS, MAX_CHARACTERS, clean
 from hf_pretrain_ext.values import reason, shown
 
-__all__ = ["FILE", "MISSING", "Missing", "MissingMetadata", "Template"]
+__all__ = ["FILE", "MISSING", "Missing", "MissingMetadata", "Template", "read_saved"]
 
 MISSING = "unknown"
 """Stands for a value that is not there, unless another text is given."""
@@ -214,18 +214,29 @@ class Template:
         Raises:
             `ValueError`: there is none, or it cannot be read.
         """
-        for name, section in ((FILE, None), ("config.json", SECTION)):
-            path = Path(folder, name)
-            if not path.is_file():
-                continue
-            try:
-                found = json.loads(path.read_text("utf-8"))
-                found = found if section is None else found.get(section)
-                if found is not None:
-                    return cls.from_json(found)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path} holds no template that can be read ({reason(error)})") from error
-        raise ValueError(
-            f"{shown(os.fspath(folder))} holds no template: neither {FILE} nor {SECTION!r} in a config.json. Pass the "
-            "folder of a model that was trained with MetadataCallback"
-        )
+        return cast(Template, read_saved(folder, FILE, SECTION, "template", cls.from_json))
+
+
+def read_saved(
+    folder: str | os.PathLike[str], file: str, section: str, what: str, read: Callable[[Mapping[str, Any]], Any]
+) -> Any:
+    """What `read` makes of `file` in `folder`, or of the `section` of the config there.
+
+    Raises:
+        `ValueError`: there is neither, or it cannot be read.
+    """
+    for name, key in ((file, None), ("config.json", section)):
+        path = Path(folder, name)
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            found = found if key is None else found.get(key)
+            if found is not None:
+                return read(found)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no {what} that can be read ({reason(error)})") from error
+    raise ValueError(
+        f"{shown(os.fspath(folder))} holds no {what}: neither {file} nor {section!r} in a config.json. Pass the "
+        "folder of a model that was trained with MetadataCallback"
+    )

@@ -108,14 +108,16 @@ def _tail(path: Path, paths: list[Path]) -> str:
 
 
 def _sections(records: list[RunRecord]) -> list[Any]:
-    from hf_pretrain_ext.report import mixture, outcomes, sections
+    from hf_pretrain_ext.report import documents, mixture, outcomes, sections
 
     parts = (
         *(sections.glance, sections.what_was_run, sections.plan, sections.rates, sections.losses, mixture.mixture),
+        documents.documents,  # only where there were raw documents
         *(outcomes.forgetting, outcomes.events, outcomes.environment, outcomes.unknown),
     )
     with style():
-        return [part(records) for part in parts]
+        made = [part(records) for part in parts]
+    return [section for section in made if section is not None]
 
 
 def _render(records: list[RunRecord]) -> str:

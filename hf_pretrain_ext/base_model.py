@@ -1,0 +1,143 @@
+"""What can be known of a model that a stage begins with: its folder, its history, or else its config and card."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_pretrain_ext import checkpoint
+from hf_pretrain_ext.checkpoint import STATE_FOLDER, CheckpointError
+from hf_pretrain_ext.loading import weight_files
+from hf_pretrain_ext.stages import Stage, of_state, read_stages
+from hf_pretrain_ext.values import reason, shown
+
+__all__ = ["Base", "find_folder", "look_up", "read_life"]
+
+_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "README.md", "hf_pretrain_ext/*.json")
+_COMMIT = re.compile("[0-9a-f]{40}")
+_CONFIG = ("model_type", "vocab_size", "max_position_embeddings", "dtype", "transformers_version")
+_CARD = ("base_model", "datasets", "language", "tags", "license")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model without a history: `config` and `card` are what its files say, None where there is none."""
+
+    path: str
+    revision: str | None = None
+    config: dict[str, Any] | None = None
+    card: dict[str, Any] | None = None
+    fault: str | None = field(default=None, compare=False)
+
+    def stage(self) -> Stage:
+        """Its entry in `stages.json`, before the first stage that is known."""
+        base = {"path": self.path, "revision": self.revision, "config": self.config, "card": self.card}
+        return Stage(0, "base", kind="unknown", base=base)
+
+    def lines(self) -> list[str]:
+        """What is known and what is not."""
+        at = f" at revision {self.revision}" if self.revision else ""
+        known = ", ".join(f"{key} {value}" for key, value in (self.config or {}).items() if key != "dtype")
+        lines = [f"base: {self.path}{at}{f' ({known})' if known else ''}, without a history"]
+        if self.card:
+            lines.append("base: its card says " + ", ".join(f"{key} {shown(v)}" for key, v in self.card.items()))
+        elif self.fault:
+            lines.append(f"base: its card cannot be read ({self.fault})")
+        else:
+            lines.append("base: it has no card")
+        data = "" if self.card and self.card.get("datasets") else ", which data it was trained on"
+        lines.append(
+            f"base: not known: how its learning rate ended (most published models are annealed: re-warm, with "
+            f"RewarmCallback and the peak of its pre-training){data}, how many tokens of it, and its losses. "
+            "ReplayCallback(from_history=True, data={'base': ...}) replays what stands in for that data"
+        )
+        return lines
+
+
+def look_up(folder: Path | None, path: str, revision: str | None, model: Any = None) -> Base:
+    """Reads the config and the card of a folder, or the config of a model."""
+    config: dict[str, Any] | None = None
+    if model is not None and hasattr(getattr(model, "config", None), "to_dict"):
+        config = model.config.to_dict()
+    elif folder is not None and (folder / "config.json").is_file():
+        with checkpoint.reading(folder, "config.json"):
+            config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    kept = {key: str(config[key]) for key in _CONFIG if config.get(key) is not None} if config else None
+    card, fault = _card(folder)
+    return Base(path, revision, kept, card, fault)
+
+
+def _card(folder: Path | None) -> tuple[dict[str, Any] | None, str | None]:
+    if folder is None or not (folder / "README.md").is_file():
+        return None, None
+    from huggingface_hub import ModelCard
+
+    try:
+        said = ModelCard.load(folder / "README.md").data.to_dict()
+    except Exception as error:  # whatever is wrong with a card is no reason not to train
+        return None, reason(error, 200)
+    return {key: said[key] for key in _CARD if said.get(key)}, None
+
+
+def find_folder(given: str, revision: str | None) -> tuple[Path, str | None]:
+    """The folder that is meant, and its revision: `given` itself, or where the Hub's files of that name are.
+
+    Raises:
+        [`~hf_pretrain_ext.checkpoint.CheckpointError`]: neither a folder nor to be had from the Hub.
+    """
+    if os.path.isdir(given):
+        if revision is not None:
+            raise ValueError(f"revision={shown(revision)} is for models of the Hub, and {shown(given)} is a folder")
+        return Path(given), None
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(given, revision=revision, allow_patterns=list(_PATTERNS)))
+    except Exception as error:  # whatever the Hub's client raises is the finding here
+        raise CheckpointError(
+            f"{shown(given)} is no folder here, and no model that the Hub gives ({reason(error, 300)}). Name a "
+            "checkpoint, a folder with a model, or a model of the Hub"
+        ) from error
+    return folder, folder.name if _COMMIT.fullmatch(folder.name) else revision
+
+
+def read_life(folder: Path, text: str) -> tuple[list[Path], tuple[Stage, ...] | None, int | None, bool]:
+    """The files of its weights, the stages that a folder tells of, its step, and whether it is a checkpoint of ours.
+
+    Raises:
+        [`~hf_pretrain_ext.checkpoint.CheckpointError`]: a checkpoint that is not complete, or no weights to be found.
+    """
+    ours = (folder / STATE_FOLDER).is_dir()
+    if ours and (faults := checkpoint.find_faults(folder)):
+        newest, _ = checkpoint.last_complete_checkpoint(Path(os.path.realpath(folder)).parent)
+        advice = f"The newest complete checkpoint is {newest}." if newest else "There is no complete checkpoint there."
+        raise CheckpointError(f"cannot continue from {text}: {'; '.join(faults)}. {advice}")
+    files = weight_files(folder)
+    if not files:
+        raise CheckpointError(_without_weights(folder, text))
+    stages = read_stages(folder)
+    step = None
+    if ours:
+        state = checkpoint.read_state(folder)
+        with checkpoint.reading(folder, f"{STATE_FOLDER}/state.json"):
+            step = int(state["step"])
+            stages = stages or (of_state(state),)
+    elif stages is not None:
+        step = stages[-1].steps
+    return files, stages, step, ours
+
+
+def _without_weights(folder: Path, text: str) -> str:
+    newest, _ = checkpoint.last_complete_checkpoint(folder)
+    if newest is not None:
+        return f"{text} holds no model itself, but checkpoints: the newest complete one is {newest}"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        return (
+            f"{text} holds weights as pickles, which are not read. Load the model with from_pretrained and pass it, "
+            "or save it again, as safetensors, with save_pretrained"
+        )
+    return f"{text} holds no weights in safetensors"

@@ -1,0 +1,297 @@
+"""What lies on disk: chunks of rows that never change, and `buffer.json`, which says which of them count.
+
+`buffer.json` is replaced in one stroke after the chunks that it names are synced, so that a kill at any byte leaves
+the state before a commit or the one after it. Rows at or above its bound lie in chunks until those are written anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hf_pretrain_ext.buffer.rows import row_bytes
+from hf_pretrain_ext.buffer.sampling import NO_BOUND, priorities
+from hf_pretrain_ext.values import is_whole, reason, shown
+
+__all__ = ["MANIFEST", "NUMBER", "ReplayBuffer", "ReplayBufferError"]
+
+FORMAT = 1
+MANIFEST = "buffer.json"
+NUMBER = "hf_pretrain_ext_number"
+"""Column of the row numbers in chunks."""
+PART = ".hpe-part"
+
+
+class ReplayBufferError(ValueError):
+    """A buffer that cannot be read, written or gone on with; the message says why and what can be done."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One file of rows: its size and hash."""
+
+    file: str
+    rows: int
+    size: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run that added rows, from number `start` on; `seen` rows, and whether it came to its end."""
+
+    start: int
+    seen: int = 0
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`buffer.json`. Every row numbered below `through` was looked at; `too_long` were refused."""
+
+    seed: int
+    max_bytes: int
+    bound: int = NO_BOUND
+    through: int = 0
+    too_long: int = 0
+    serial: int = 0
+    stages: tuple[Stage, ...] = field(default=())
+    chunks: tuple[Chunk, ...] = field(default=())
+
+    def to_json(self) -> str:
+        # 64-bit words as text: many readers of JSON hold numbers as doubles.
+        return json.dumps({"format": FORMAT, **asdict(self), "bound": str(self.bound)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        held = json.loads(text)
+        if held.pop("format") != FORMAT:
+            raise ValueError(f"it has another format than {FORMAT}, which this version reads")
+        stages = tuple(Stage(**stage) for stage in held.pop("stages"))
+        chunks = tuple(Chunk(**chunk) for chunk in held.pop("chunks"))
+        made = cls(**{**held, "bound": int(held["bound"])}, stages=stages, chunks=chunks)
+        numbers = [made.max_bytes, made.bound, made.through, made.too_long, made.serial]
+        numbers += [number for stage in stages for number in (stage.start, stage.seen)]
+        numbers += [number for chunk in chunks for number in (chunk.rows, chunk.size)]
+        if not is_whole(made.seed) or not all(is_whole(number) and number >= 0 for number in numbers):
+            raise ValueError(f"it holds {shown(numbers)}, which are no counts")
+        if any(os.path.basename(chunk.file) != chunk.file for chunk in chunks):
+            raise ValueError("it names a file outside the buffer")
+        return made
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """None where nothing was ever committed."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ReplayBufferError(
+            f"{path} cannot be read ({reason(error, 200)}). It was damaged or is none of a replay buffer's: take it "
+            "from a backup, or use another folder"
+        ) from error
+
+
+def write_file(path: Path, content: Any) -> None:
+    """Under a temporary name, synced and renamed: afterwards there is the old file or the whole new one."""
+    part = path.with_name(path.name + PART)
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest(content: Any) -> str:
+    import xxhash
+
+    return xxhash.xxh3_128(content).hexdigest()
+
+
+def read_chunk(path: Path) -> pa.Table:
+    """The rows of a chunk, mapped into memory."""
+    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+        return reader.read_all()
+
+
+def check_chunk(folder: Path, chunk: Chunk, verify: bool) -> None:
+    """
+    Raises:
+        [`ReplayBufferError`]: the file is not the one that was written.
+    """
+    path = folder / chunk.file
+    fault = None
+    if not path.is_file():
+        fault = "is missing"
+    elif path.stat().st_size != chunk.size:
+        fault = f"has {path.stat().st_size} bytes instead of {chunk.size}"
+    elif verify:
+        with pa.memory_map(str(path)) as source:
+            fault = None if digest(source.read_buffer()) == chunk.xxh3_128 else "was altered (its hash differs)"
+    if fault is not None:
+        raise ReplayBufferError(
+            f"{path} {fault}: the replay buffer is damaged. Take the folder from a backup, or use another one"
+        )
+
+
+def numbers_of(table: pa.Table) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(0, np.int64), *(part.to_numpy() for part in table[NUMBER].chunks)])
+
+
+class ReplayBuffer:
+    """
+    The rows of a replay buffer as they were last committed, to be read; made by [`ReplayBuffer.open`].
+
+    Attributes:
+        folder (`Path`): where it lies.
+        seen (`int`): rows that were added, over all stages, kept or not.
+        nbytes (`int`): bytes of the rows kept.
+        share (`float`): the share of all rows that was kept in expectation: its inverse is the weight that makes sums
+            over kept rows unbiased, whatever their lengths.
+
+    Example:
+
+    >>> import tempfile
+    >>> from hf_pretrain_ext.buffer import BufferWriter
+    >>> folder = tempfile.mkdtemp()
+    >>> with BufferWriter(folder, "1 MiB") as writer:
+    ...     writer.add([{"input_ids": [number, 0]} for number in range(5)])
+    >>> ReplayBuffer.open(folder).dataset()["input_ids"][4]
+    [4, 0]
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder, self.manifest = folder, manifest
+        self._kept: list[NDArray[np.int64]] = []
+        self._numbers: list[NDArray[np.int64]] = []
+        self.nbytes = 0
+        for chunk in manifest.chunks:
+            table = read_chunk(folder / chunk.file)
+            numbers = numbers_of(table)
+            kept = np.flatnonzero(below(priorities(manifest.seed, numbers), manifest.bound))
+            self._kept.append(kept)
+            self._numbers.append(numbers[kept])
+            self.nbytes += int(row_bytes(table)[kept].sum())
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], *, verify: bool = True) -> ReplayBuffer:
+        """
+        Opens the last committed state, also while a run adds rows.
+
+        Args:
+            folder (`str`): where it lies.
+            verify (`bool`, *optional*, defaults to `True`): compare the hash of every file, which reads them all.
+
+        Raises:
+            [`ReplayBufferError`]: there is no buffer, or files are missing, cut short or altered.
+        """
+        where = Path(folder)
+        for last in (False, True):
+            manifest = read_manifest(where)
+            if manifest is None:
+                raise ReplayBufferError(
+                    f"{shown(os.fspath(folder))} holds no replay buffer (no {MANIFEST}). One is made by BufferCallback "
+                    "or BufferWriter"
+                )
+            try:
+                for chunk in manifest.chunks:
+                    check_chunk(where, chunk, verify)
+                return cls(where, manifest)
+            except (ReplayBufferError, OSError):
+                # A writer may have put others in the place of these files since the manifest was read.
+                if last or read_manifest(where) == manifest:
+                    raise
+        raise AssertionError("not reached")
+
+    @property
+    def seen(self) -> int:
+        return sum(stage.seen for stage in self.manifest.stages)
+
+    @property
+    def share(self) -> float:
+        return self.manifest.bound / NO_BOUND
+
+    def __len__(self) -> int:
+        return sum(len(kept) for kept in self._kept)
+
+    @property
+    def numbers(self) -> NDArray[np.int64]:
+        """The numbers of the rows, in the order of `dataset()`: rising."""
+        return np.sort(np.concatenate([np.zeros(0, np.int64), *self._numbers]))
+
+    def __repr__(self) -> str:
+        return f"ReplayBuffer({str(self.folder)!r}: {len(self):,} of {self.seen:,} rows, {self.nbytes / 1e6:.2f} MB)"
+
+    def dataset(self) -> Any:
+        """
+        The rows as a map-style `datasets.Dataset`, mapped from disk, in the order in which they were seen.
+
+        Raises:
+            [`ReplayBufferError`]: there are none.
+        """
+        from datasets import Dataset, concatenate_datasets
+
+        if not len(self):
+            raise ReplayBufferError(f"the replay buffer {self.folder} holds no rows yet")
+        parts = [
+            Dataset.from_file(str(self.folder / chunk.file)).select(kept)
+            for chunk, kept in zip(self.manifest.chunks, self._kept, strict=True)
+            if len(kept)
+        ]
+        order = np.argsort(np.concatenate(self._numbers))
+        return concatenate_datasets(parts).select(order).remove_columns(NUMBER)
+
+    def copy(self, folder: str | os.PathLike[str]) -> ReplayBuffer:
+        """
+        A copy that stays as it is while a run goes on adding rows here; by hard links where the disk has them.
+
+        A stage that replays from a buffer and adds to it replays from a copy. Where `folder` holds one already, that
+        one is opened: a resume finds the rows that its run began with.
+
+        Raises:
+            [`ReplayBufferError`]: `folder` holds a buffer of another seed, or is this one.
+        """
+        where = Path(folder)
+        if where.resolve() == self.folder.resolve():
+            raise ReplayBufferError(f"folder must be another one than the buffer's own, got {shown(os.fspath(folder))}")
+        there = read_manifest(where)
+        if there is not None:
+            if there.seed != self.manifest.seed:
+                raise ReplayBufferError(
+                    f"{where} holds a copy of another buffer (seed {there.seed}, not {self.manifest.seed}): use "
+                    "another folder"
+                )
+            return ReplayBuffer.open(where)
+        where.mkdir(parents=True, exist_ok=True)
+        for chunk in self.manifest.chunks:
+            target = where / chunk.file
+            target.unlink(missing_ok=True)
+            try:
+                os.link(self.folder / chunk.file, target)
+            except OSError:
+                write_file(target, (self.folder / chunk.file).read_bytes())
+        sync_folder(where)
+        write_file(where / MANIFEST, replace(self.manifest).to_json().encode())
+        return ReplayBuffer.open(where)
+
+
+def below(words: NDArray[np.uint64], bound: int) -> NDArray[np.bool_]:
+    return np.ones(len(words), dtype=bool) if bound >= NO_BOUND else words < np.uint64(bound)

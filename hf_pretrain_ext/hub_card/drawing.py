@@ -1,0 +1,54 @@
+"""Figures of a card: what the rate, the mixture and the held-out losses were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf_pretrain_ext.hub_card.facts import CardFacts
+
+__all__ = ["draw_forgetting", "draw_plan"]
+
+
+def draw_plan(facts: CardFacts, path: Path) -> bool:
+    """Logged learning rates, and the share of each source in what had been read; returns whether there was any."""
+    from matplotlib.figure import Figure
+
+    assert facts.record is not None
+    rates, counts = facts.record.scalars("learning_rate"), facts.record.counts
+    if not rates:
+        return False
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True) if len(counts) > 1 else [figure.subplots()]
+    axes[0].plot(*zip(*rates, strict=True))
+    axes[0].set(ylabel="learning rate", ylim=(0, None))
+    if len(counts) > 1:
+        names = list(counts[-1][1])
+        totals = [sum(each.samples for each in seen.values()) or 1 for _, seen in counts]
+        for name in names:
+            shares = [
+                (seen[name].samples / total if name in seen else 0.0)
+                for (_, seen), total in zip(counts, totals, strict=True)
+            ]
+            axes[1].plot([step for step, _ in counts], shares, label=name)
+        axes[1].set(ylabel="share of samples", ylim=(0, 1))
+        axes[1].legend(fontsize=8)
+    axes[-1].set_xlabel("optimizer step")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return True
+
+
+def draw_forgetting(facts: CardFacts, path: Path) -> bool:
+    """Held-out losses by step; returns whether any were measured."""
+    from matplotlib.figure import Figure
+
+    assert facts.record is not None
+    if not facts.record.probes:
+        return False
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    for name, points in facts.record.probes.items():
+        axes.plot(*zip(*points, strict=True), marker=".", label=name)
+    axes.set(xlabel="optimizer step", ylabel="held-out loss, nats a token")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return True

@@ -1,0 +1,232 @@
+"""The section, rendered, and put into a README between markers: what stands outside them is the user's."""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_pretrain_ext.hub_card.facts import CardFacts, read_facts
+from hf_pretrain_ext.hub_card.metadata import check_metadata, metadata_of
+from hf_pretrain_ext.say import say
+from hf_pretrain_ext.trace import scrubbed
+from hf_pretrain_ext.values import shown
+
+__all__ = ["BEGIN", "END", "section", "with_section", "write_card"]
+
+BEGIN = "<!-- hf-pretrain-ext: made from the run's trace; changes between these markers are lost -->"
+END = "<!-- hf-pretrain-ext: end -->"
+FOLDER = "continued_pretraining"
+"""Of the figures, beside the README."""
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    output: str | Path | None = None,
+    model_name: str | None = None,
+    base_model: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    data_licences: Mapping[str, str] | None = None,
+    figures: bool = True,
+) -> Path:
+    """
+    Writes the card of the model in `folder`, or its section in the card that is there.
+
+    Args:
+        folder (`str` or `Path`): of the run (`output_dir`), or one of its checkpoints.
+        output (`str` or `Path`, *optional*): the file; defaults to `README.md` in `folder`.
+        model_name (`str`, *optional*): defaults to the name of the folder.
+        base_model (`str`, *optional*): name on the Hub; defaults to what the run recorded.
+        metadata (`Mapping`, *optional*): more fields of the card's YAML, `license` and `language` say; they win.
+        data_licences (`Mapping[str, str]`, *optional*): licence by source, for the table of data.
+        figures (`bool`, *optional*, defaults to `True`): draw them, where matplotlib is installed.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        `FileNotFoundError`: no run was recorded in `folder`.
+        `ImportError`: jinja2 is missing; it comes with the extra `report`.
+        `ValueError`: metadata that the Hub would not read, or a README whose markers or YAML are broken.
+
+    Example:
+
+    ```python
+    write_card("runs/domain", base_model="my-org/my-base", metadata={"license": "apache-2.0", "language": "de"})
+    ```
+    """
+    folder = Path(folder)
+    output = Path(output) if output is not None else folder / "README.md"
+    facts = read_facts(folder, base_model=base_model)
+    name = model_name or folder.resolve().name
+    head, body = _split(output.read_text("utf-8")) if output.exists() else ({}, f"# {name}\n")
+    data = metadata_of(facts, name, {**head, **(metadata or {})})
+    if faults := check_metadata(data):
+        raise ValueError(f"the metadata of {output} cannot be used: {'; '.join(faults)}. Pass others in `metadata`")
+    drawn = _figures(facts, output.parent) if figures else []
+    text = with_section(body, section(facts, data, data_licences or {}, drawn))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n\n{text}", "utf-8")
+    partial.replace(output)
+    return output
+
+
+def with_section(body: str, made: str) -> str:
+    """
+    `body` with the section in place of the one that it holds, or at its end.
+
+    Raises:
+        `ValueError`: one marker without the other, or more than one section.
+
+    Example:
+
+    >>> text = with_section("# Mine\\n", "first")
+    >>> with_section(text, "second") == with_section(with_section("# Mine\\n", "third"), "second")
+    True
+    """
+    begins, ends = body.count(BEGIN), body.count(END)
+    if begins != ends or begins > 1 or (begins and body.index(END) < body.index(BEGIN)):
+        raise ValueError(
+            f"the card holds {begins} opening and {ends} closing markers of hf-pretrain-ext. Remove them all, with "
+            "what stands between"
+        )
+    block = f"{BEGIN}\n\n{made.strip()}\n\n{END}"
+    if begins:
+        before, _, rest = body.partition(BEGIN)
+        return before + block + rest.partition(END)[2]
+    return f"{body.rstrip()}\n\n{block}\n"
+
+
+def _split(text: str) -> tuple[dict[str, Any], str]:
+    """Metadata and body of a card."""
+    if not text.startswith("---"):
+        return {}, text
+    _, _, rest = text.partition("---")
+    head, found, body = rest.partition("\n---")
+    try:
+        data = yaml.safe_load(head)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the card's YAML cannot be read ({error}). Mend it, or remove the card") from error
+    if not found or not isinstance(data, dict | None):
+        raise ValueError(
+            "the card's YAML is not closed by a line of ---, or holds no fields. Mend it, or remove the card"
+        )
+    return data or {}, body.lstrip("\n")
+
+
+def section(
+    facts: CardFacts,
+    data: Mapping[str, Any],
+    licences: Mapping[str, str],
+    figures: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The section as Markdown; `figures` are pairs of a file's name and its text."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError("a model card needs jinja2: pip install 'hf-pretrain-ext[report]'") from error
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"cell": cell, "count": count, "rate": lambda value: f"{value:.4g}"}
+    return environment.get_template("continued_pretraining.md.j2").render(
+        facts=facts,
+        data={"base_model": None, **data},
+        licences=licences,
+        figures=figures,
+        methods=_methods(facts),
+        limits=limits(facts),
+    )
+
+
+def cell(value: Any) -> str:
+    """Text for a table of Markdown: names come from users and data, and make no markup of their own.
+
+    Example:
+
+    >>> cell("a|b\\n<script>")
+    'a\\\\|b &lt;script&gt;'
+    """
+    if value is None:
+        return "not recorded"
+    text = html.escape(scrubbed(" ".join(str(value).split())), quote=False)
+    for mark in "\\`*[]|":
+        text = text.replace(mark, f"\\{mark}")
+    return text
+
+
+def count(value: Any, exact: bool = True) -> str:
+    return "not recorded" if value is None else f"{'' if exact else '≈ '}{value:,.0f}"
+
+
+def _template(name: str) -> str:
+    return (files("hf_pretrain_ext") / "model_cards" / "templates" / name).read_text("utf-8")
+
+
+def _methods(facts: CardFacts) -> list[dict[str, Any]]:
+    """Card of each plug-in's method, where it is one of ours: title and papers."""
+    found = []
+    for name, settings in facts.plugins.items():
+        path = files("hf_pretrain_ext") / "model_cards" / "methods" / f"{name}.md"
+        head: dict[str, Any] = {"title": name, "papers": []}
+        if path.is_file():
+            head = yaml.safe_load(path.read_text("utf-8").split("---\n", 2)[1])
+        found.append({**head, "name": name, "settings": settings})
+    return found
+
+
+def limits(facts: CardFacts) -> list[str]:
+    """What does not go with the model elsewhere."""
+    found = []
+    if "meta_tokens" in facts.plugins:
+        found.append(
+            "Meta-attention is a part of its own: load the model with `hf_pretrain_ext.meta_tokens.load_meta_tokens`. "
+            "Plain transformers leaves it out; vLLM and GGUF converters cannot carry it."
+        )
+    if "metadata" in facts.plugins:
+        found.append(
+            "Trained behind a line of metadata for a part of the run: it works without; with it, use the template in "
+            "the config (`hf_pretrain_ext.metadata.generate`). The template is no chat template."
+        )
+    if facts.relation == "adapter":
+        found.append("An adapter: it needs its base model, at the revision that it was trained on.")
+    if not facts.forgetting:
+        found.append("What was forgotten was not measured.")
+    return found
+
+
+def _figures(facts: CardFacts, folder: Path) -> list[tuple[str, str]]:
+    """Plan and forgetting as PNG files, those that there is something to draw for."""
+    from hf_pretrain_ext.report.plots import have_matplotlib
+
+    if facts.record is None or not have_matplotlib():
+        return []
+    from hf_pretrain_ext.hub_card.drawing import draw_forgetting, draw_plan
+
+    drawn = []
+    for name, text, draw in (
+        ("plan.png", "Learning rate and mixture over the run", draw_plan),
+        ("forgetting.png", "Held-out losses over the run", draw_forgetting),
+    ):
+        path = folder / FOLDER / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if draw(facts, path):
+            drawn.append((f"{FOLDER}/{name}", text))
+    return drawn
+
+
+def note_failure(error: Exception) -> None:
+    """A card is not worth the push that it goes with."""
+    say(f"no continued-pretraining section in the card: {shown(str(error), 500)}", logging.WARNING)

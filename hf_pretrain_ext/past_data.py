@@ -1,0 +1,171 @@
+"""What earlier stages read, found again for replay: opened from its files, or taken from what the user passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hf_pretrain_ext.sources import identified, reopen
+from hf_pretrain_ext.stages import Beginning, LifeSource, life_of
+from hf_pretrain_ext.values import is_number, shown
+
+__all__ = ["ReplayedHistory"]
+
+Finding = tuple[str, str, bool]
+"""What there is to say, what to do, and whether it is in the way."""
+
+
+class ReplayedHistory:
+    """The sources of a model's life with rows for each and their weights.
+
+    Args:
+        given (`dict[str, dataset]`): rows by the name of a source, in place of those that it had.
+
+    Attributes:
+        datasets: rows by source, once [`find`](ReplayedHistory.find) was called.
+        reopened: names of those that were opened from their files.
+        weights: by source, in tokens seen; in samples where tokens of one are not known (then `in_tokens` is False).
+        beginning: the beginning of a stage that they are those for.
+    """
+
+    def __init__(self, given: dict[str, Any]):
+        self.given = given
+        self.datasets: dict[str, Any] = {}
+        self.reopened: frozenset[str] = frozenset()
+        self.weights: dict[str, float] = {}
+        self.in_tokens = True
+        self.beginning: Beginning | None = None
+
+    def found_for(self, beginning: Beginning) -> bool:
+        return self.beginning is beginning and bool(self.datasets)
+
+    def find(self, beginning: Beginning, weights: Any = None, training: str | None = None) -> list[Finding]:
+        """Looks for the rows of every source; nothing is read but a sample of those that are opened from files.
+
+        Args:
+            beginning ([`~hf_pretrain_ext.stages.Beginning`]): of the stage that replays.
+            weights (`dict[str, float]`, *optional*): by source, in place of the tokens seen.
+            training (`str`, *optional*): fingerprint of the training data: what is read anyway is not replayed too.
+        """
+        life = life_of(beginning.history)
+        again = [name for name, source in life.items() if training is not None and source.fingerprint == training]
+        for name in again:
+            del life[name]
+        unknown = [stage.name for stage in beginning.history if stage.kind == "unknown"]
+        findings = [
+            (f"{name!r} is the training data itself and is not replayed beside it", "Nothing has to be done.", False)
+            for name in again
+        ]
+        findings += self._misnamed(life, unknown)
+        opened: dict[str, Any] = {}
+        lost: list[tuple[LifeSource, str]] = []
+        for name, source in life.items():
+            if name in self.given:
+                findings += self._stand_in(source)
+                continue
+            try:
+                opened[name] = _reopened(source)
+            except ValueError as error:
+                lost.append((source, str(error)))
+        if lost:
+            findings.append(_lost(lost))
+        findings += self._base(unknown)
+        order = [*life, *(name for name in unknown if name in self.given)]
+        self.datasets = {name: opened.get(name, self.given.get(name)) for name in order if name not in _names(lost)}
+        self.reopened = frozenset(opened)
+        findings += self._weigh(life, weights)
+        self.beginning = None if any(fatal for _, _, fatal in findings) else beginning
+        if not self.datasets and not lost:
+            findings.append(("found nothing that earlier stages read", "Pass old data as `dataset`.", True))
+        return findings
+
+    def _misnamed(self, life: Mapping[str, LifeSource], unknown: list[str]) -> Iterator[Finding]:
+        for name in self.given:
+            if name not in life and name not in unknown:
+                yield (
+                    f"data has {name!r}, which no earlier stage read",
+                    f"Their sources are {[*unknown, *life]}.",
+                    True,
+                )
+
+    def _stand_in(self, source: LifeSource) -> Iterator[Finding]:
+        found = identified(self.given[source.name])
+        if found is not None and source.fingerprint is not None and found != source.fingerprint:
+            yield (
+                f"data[{source.name!r}] has other rows than stage {source.stages[0]!r} read",
+                "That is as it should be for rows that stand in for them, or that are still to be tokenized.",
+                False,
+            )
+
+    def _base(self, unknown: list[str]) -> Iterator[Finding]:
+        for name in unknown:
+            if name not in self.given:
+                yield (
+                    f"nothing is replayed of what {name!r} was trained on, which is not known",
+                    f"Pass data={{{name!r}: ...}} with public data like it, or text that the model generated.",
+                    False,
+                )
+
+    def _weigh(self, life: Mapping[str, LifeSource], weights: Any) -> Iterator[Finding]:
+        if isinstance(weights, dict):
+            self.in_tokens = True
+            if set(weights) != set(self.datasets):
+                names = sorted(self.datasets)
+                yield f"weights must name the sources {names}, got {sorted(weights, key=str)}", "Name them all.", True
+                return
+            self.weights = {name: float(weight) for name, weight in weights.items()}
+            return
+        seen = {name: life[name].tokens for name in self.datasets if name in life}
+        self.in_tokens = all(is_number(tokens) for tokens in seen.values())
+        if not self.in_tokens:
+            seen = {name: life[name].samples for name in seen}
+            if not all(is_number(samples) for samples in seen.values()):
+                names = [name for name, samples in seen.items() if not is_number(samples)]
+                yield f"how much was seen of {names} is not known", "Pass weights for all sources.", True
+                return
+            if len(seen) > 1:
+                yield (
+                    "tokens seen are not known of all sources, so shares go by samples",
+                    "Pass weights where rows differ in length.",
+                    False,
+                )
+        self.weights = {name: float(amount) for name, amount in seen.items() if amount is not None}
+        for name in self.datasets:
+            if name not in seen and len(self.datasets) > 1:
+                example = {name: 3e11, **{other: self.weights[other] for other in list(self.weights)[:1]}}
+                yield (
+                    f"how many tokens {name!r} was trained on is not known, so it has no share",
+                    f"Pass weights for all sources, in tokens: weights={shown(example)}.",
+                    True,
+                )
+
+
+def _names(lost: list[tuple[LifeSource, str]]) -> set[str]:
+    return {source.name for source, _ in lost}
+
+
+def _reopened(source: LifeSource) -> Any:
+    """Raises `ValueError` that says why the rows of a source are not to be had."""
+    if source.place is None:
+        if source.rows is None:
+            raise ValueError("it was a stream")
+        raise ValueError("it was not read from files of its own (made in memory, or a slice out of the middle)")
+    dataset = reopen(source.place)
+    if source.fingerprint is not None and identified(dataset) != source.fingerprint:
+        raise ValueError(f"{source.place['files'][0]} holds other rows than it did")
+    return dataset
+
+
+def _lost(lost: list[tuple[LifeSource, str]]) -> Finding:
+    parts = []
+    for source, why in lost:
+        hub = f"; it came from {source.hub['path']} at revision {source.hub['revision']}" if source.hub else ""
+        parts.append(f"{source.name!r} of stage {source.stages[0]!r}: {why}{hub}")
+    names = ", ".join(f"{source.name!r}: ..." for source, _ in lost)
+    return (
+        f"the rows of {len(lost)} earlier source{'s' * (len(lost) > 1)} cannot be found again: {'; '.join(parts)}",
+        f"Pass them by name, data={{{names}}}: the same data again; or, where it is not to be had, public data like "
+        "it, or text that the model generated (docs/stages.md shows how). Or leave from_history out and pass "
+        "`dataset`.",
+        True,
+    )

@@ -1,0 +1,256 @@
+"""Reptile steps for any optimizer: every k steps the weights go back most of the way they came. Knows no Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from hf_pretrain_ext.values import MAX_STEPS, check_integers, is_number, shown
+
+__all__ = ["Interpolation", "Reptile", "anchor_bytes"]
+
+ANCHOR = "reptile_anchor"
+STEPS = "reptile_steps"
+DEVICES = ("weights", "cpu")
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """What one Reptile step saw.
+
+    `displacement` is the norm of what the weights moved by since the last one, before most of it was taken back;
+    `inner_product` that of the last step's gradient and the way back to where the interval began,
+    ⟨∇L(B_k), θ₀ − θ_{k−1}⟩: under SGD the learning rate times the sum of that gradient's inner products with those of
+    the steps before it. Above 0, they agree. `cosine` is the same over both norms.
+    """
+
+    step: int
+    displacement: float
+    inner_product: float
+    cosine: float
+
+
+def anchor_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the copy of the weights that [`Reptile`] keeps: 4 a trained parameter.
+
+    Example:
+
+    >>> anchor_bytes(torch.nn.Linear(10, 10))
+    440
+    """
+    return 4 * sum(param.numel() for param in model.parameters() if param.requires_grad)
+
+
+class Reptile(Optimizer):
+    """
+    An optimizer with Reptile steps (Abbes et al., 2025): after every `every` of its steps
+
+        θ ← θ₀ + ε · (θ − θ₀)
+
+    where θ₀ is where the last such step, or training, left the weights. With replayed samples in the batches this is
+    meta-experience replay. Moments are left alone.
+
+    θ₀ is kept in 32 bits whatever the weights' type: over weights of 16 bits it is what they are rounded from, and ε
+    times the way they went is added to it, so that small steps are not rounded away.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): that makes the steps. Its groups and state are this one's.
+        every (`int`, *optional*, defaults to 500): steps between two interpolations (Abbes et al.).
+        epsilon (`float`, *optional*, defaults to 0.1): share of the way that is kept, above 0 and up to 1 (Abbes
+            et al.).
+        anchor_device (`str`, *optional*, defaults to `"weights"`): where θ₀ lies: beside the weights, or `"cpu"`.
+
+    Raises:
+        `ValueError`: a setting out of range. `TypeError`: `optimizer` is none.
+
+    Example:
+
+    >>> weight = torch.nn.Parameter(torch.zeros(1))
+    >>> optimizer = Reptile(torch.optim.SGD([weight], lr=1.0), every=2, epsilon=0.5)
+    >>> for _ in range(2):
+    ...     weight.grad = -torch.ones(1)
+    ...     optimizer.step()
+    >>> weight.item(), optimizer.last.displacement
+    (1.0, 2.0)
+    """
+
+    # A GradScaler that leaves unscaling to the optimizer would set attributes of this one.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self, optimizer: Optimizer, *, every: int = 500, epsilon: float = 0.1, anchor_device: str = "weights"
+    ):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if isinstance(optimizer, Reptile):
+            raise TypeError("optimizer makes Reptile steps already: wrap it once")
+        check_settings(every, epsilon, anchor_device)
+        if getattr(optimizer, "updated_in_backward", False):
+            raise ValueError(
+                "optimizer updates the weights in the backward pass, where θ₀ and the last gradient cannot be had. "
+                "Use its form that updates in step()"
+            )
+        # Not super().__init__: groups, state and defaults are the wrapped optimizer's, by the properties below.
+        self.optimizer = optimizer
+        self.every, self.epsilon, self.anchor_device = every, float(epsilon), anchor_device
+        self.steps = 0
+        self.last: Interpolation | None = None
+        self.on_interpolation: Callable[[Interpolation], None] | None = None
+        self._anchors: dict[torch.Tensor, torch.Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    def __repr__(self) -> str:
+        return f"Reptile(every={self.every}, epsilon={self.epsilon}, {self.optimizer!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def _params(self) -> Iterator[torch.Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for param in self._params():
+            if param not in self._anchors:
+                self._anchors[param] = self._anchor(param)
+        due = (self.steps + 1) % self.every == 0
+        seen = self._alignment() if due else None
+        loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        self.steps += 1
+        if seen is not None:
+            self._interpolate(*seen)
+        return loss
+
+    def _anchor(self, param: torch.Tensor) -> torch.Tensor:
+        kept = param.detach().to(torch.float32, copy=True)
+        return kept.cpu() if self.anchor_device == "cpu" else kept
+
+    def _begin(self, param: torch.Tensor) -> torch.Tensor:
+        """θ₀ as the weights had it, in 32 bits."""
+        anchor = self._anchors[param].to(param.device)
+        return anchor if param.dtype == torch.float32 else anchor.to(param.dtype).float()
+
+    def _alignment(self) -> tuple[float, float]:
+        """Inner product of the gradients with the way back to θ₀, and its share of the product of both norms."""
+        product = gradients = way = 0.0
+        for param in self._params():
+            back = self._begin(param) - param.float()
+            way += _sum(back * back)
+            if param.grad is not None:
+                gradient = param.grad.float()
+                product += _sum(gradient * back)
+                gradients += _sum(gradient * gradient)
+        norms = (way * gradients) ** 0.5
+        return product, product / norms if norms > 0 else 0.0
+
+    def _interpolate(self, product: float, cosine: float) -> None:
+        moved = 0.0
+        for param in self._params():
+            anchor, begin = self._anchors[param], self._begin(param)
+            way = param.float() - begin
+            moved += _sum(way * way)
+            # ε = 1 leaves the weights alone, to the bit.
+            new = param.float() if self.epsilon == 1 else anchor.to(param.device) + self.epsilon * way
+            anchor.copy_(new)
+            param.copy_(new)
+        self.last = Interpolation(self.steps, moved**0.5, product, cosine)
+        if self.on_interpolation is not None:
+            self.on_interpolation(self.last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the wrapped optimizer, with θ₀ in the state of each parameter and the count of steps in a group."""
+        saved = self.optimizer.state_dict()
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        state = dict(saved["state"])
+        for number, param in zip(numbers, self._params(), strict=True):
+            if param in self._anchors:
+                state[number] = {**state.get(number, {}), ANCHOR: self._anchors[param]}
+        first, *others = saved["param_groups"]
+        return {**saved, "state": state, "param_groups": [{**first, STEPS: self.steps}, *others]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Loads what [`state_dict`](Reptile.state_dict) gave; that of a bare optimizer begins an interval here.
+
+        Raises:
+            `ValueError`: a θ₀ of another shape, or for some parameters only.
+        """
+        groups = state_dict["param_groups"]
+        steps = groups[0].get(STEPS, 0)
+        state, anchors = {}, {}
+        for number, held in state_dict["state"].items():
+            rest = dict(held)
+            if ANCHOR in rest:
+                anchors[number] = rest.pop(ANCHOR)
+            if rest:
+                state[number] = rest
+        numbers = [number for group in groups for number in group["params"]]
+        params = list(self._params())
+        if anchors and (len(numbers) != len(params) or set(anchors) != set(numbers)):
+            raise ValueError(
+                f"the state holds θ₀ for {len(anchors)} of {len(numbers)} parameters, and the optimizer has "
+                f"{len(params)}: it belongs to another model or was cut short"
+            )
+        for number, param in zip(numbers, params, strict=False):
+            if number in anchors and anchors[number].shape != param.shape:
+                raise ValueError(
+                    f"the state holds θ₀ of shape {tuple(anchors[number].shape)} for a parameter of shape "
+                    f"{tuple(param.shape)}: it belongs to another model"
+                )
+        bare = [{key: value for key, value in group.items() if key != STEPS} for group in groups]
+        self.optimizer.load_state_dict({**state_dict, "state": state, "param_groups": bare})
+        self.steps = int(steps)
+        # torch casts state to the type of the weights, which would round θ₀.
+        self._anchors = {
+            param: anchors[number].to("cpu" if self.anchor_device == "cpu" else param.device, torch.float32, copy=True)
+            for number, param in zip(numbers, params, strict=False)
+            if number in anchors
+        }
+
+
+def check_settings(every: Any, epsilon: Any, anchor_device: Any) -> None:
+    """
+    Raises:
+        `ValueError`: a setting of [`Reptile`] out of range.
+    """
+    check_integers(every=(every, 1, MAX_STEPS, False))
+    if not is_number(epsilon) or not 0 < epsilon <= 1:
+        raise ValueError(f"epsilon must be above 0, where nothing would be learned, and up to 1, got {shown(epsilon)}")
+    if anchor_device not in DEVICES:
+        raise ValueError(f"anchor_device must be one of {DEVICES}, got {shown(anchor_device)}")
+
+
+def _sum(values: torch.Tensor) -> float:
+    total: Any = values.sum(dtype=torch.float64)
+    # Of a sharded tensor, over all shards.
+    return float(total.full_tensor() if hasattr(total, "full_tensor") else total)

@@ -1,0 +1,269 @@
+"""A run as one stage of a model's life: how it began, and what is recorded of it for those that come after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_pretrain_ext import data, sources
+from hf_pretrain_ext.rng import rng_guard
+from hf_pretrain_ext.stages import (
+    STAGES_NAME,
+    Beginning,
+    SeenSource,
+    Stage,
+    rate_line,
+    read_stages,
+    schedule_record,
+    stages_json,
+    write_stages,
+)
+from hf_pretrain_ext.trace import versions
+
+if TYPE_CHECKING:
+    from hf_pretrain_ext.run import PluginRun
+
+__all__ = ["RunStage"]
+
+
+class RunStage:
+    """What one [`PluginRun`] knows of the stages before it, and what it tells of its own.
+
+    `load` is what `continue_from` leaves to be done whenever `model_init` made a new model, `fill` what it leaves to
+    be done with a new optimizer; both are None where nothing is.
+    """
+
+    def __init__(self, run: PluginRun):
+        self.run = run
+        self.beginning = Beginning()
+        self.load: Any = None
+        self.fill: Any = None
+        self.trained = False
+        self._started: str | None = None
+        self._final: Stage | None = None
+        self._looked_up: dict[str, Any] = {}
+
+    # Beginning
+
+    def set(self, beginning: Beginning, load: Any = None, fill: Any = None) -> None:
+        """A stage that `continue_from` begins, in place of whatever this run was."""
+        self.beginning, self.load, self.fill = beginning, load, fill
+        self.trained, self._started, self._final = False, None, None
+
+    def kept(self) -> dict[str, Any]:
+        """What [`restore`](RunStage.restore) puts back, where a stage could not begin."""
+        return dict(vars(self))
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        vars(self).update(kept)
+
+    def adopt(self, stages: Sequence[Stage] | None) -> bool:
+        """Takes over the stages that a checkpoint tells of, for a resume; returns whether anything changes by that.
+
+        Where `continue_from` was called before the resume, it stays in charge: what differs is refused later.
+        """
+        if not stages:
+            return False
+        self._started = stages[-1].dates.get("started")
+        if self.beginning.told:
+            return False
+        self.trained = False
+        self.beginning = Beginning.of(stages)
+        return self.beginning.told
+
+    def begin(self, resumed: bool) -> None:
+        """Called before a run is set up anew, while it still holds what an earlier `train()` left."""
+        if resumed:
+            self.trained = True
+        else:
+            if self.trained and self.run.trainer.model_init is None:
+                # A second train() goes on from the weights of the first.
+                self.beginning = Beginning(self.life())
+                self.load = self.fill = None
+            self._started = None
+            self.trained = False
+        self._looked_up, self._final = {}, None
+        self._started = self._started or _now()
+        if not self.beginning.earlier and not self.beginning.told:
+            self.beginning = Beginning(tuple(_base_of(self.run.trainer.model)))
+
+    def lines(self) -> list[str]:
+        """What this stage is, and how its learning rate goes on from that of the last."""
+        run, args = self.run, self.run.trainer.args
+        host = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        return [
+            self.beginning.describe(),
+            rate_line(self.beginning, run.lr_schedule, float(args.learning_rate), host),
+        ]
+
+    def identity(self) -> dict[str, Any] | None:
+        return self.beginning.identity()
+
+    def brief(self) -> dict[str, Any]:
+        """For the head of a trace."""
+        began = self.beginning
+        return {
+            "number": began.number,
+            "name": began.name,
+            "kind": began.kind,
+            "parent": began.parent,
+            "earlier": [{"name": stage.name, "kind": stage.kind, "steps": stage.steps} for stage in began.earlier],
+        }
+
+    # Recording
+
+    def all(self) -> tuple[Stage, ...]:
+        """The life of the model up to now, this stage last."""
+        return (*self.beginning.earlier, self.record())
+
+    def life(self) -> tuple[Stage, ...]:
+        """The same once it is over."""
+        return (*self.beginning.earlier, self._final or self.record())
+
+    def record(self) -> Stage:
+        run, began = self.run, self.beginning
+        trainer = run.trainer
+        seen = self._seen()
+        tokens = [source.tokens for source in seen]
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        reader = trainer.processing_class
+        return Stage(
+            number=began.number,
+            name=began.name,
+            kind=began.kind,
+            begun_by="continue_from" if began.told else "train",
+            parent=began.parent,
+            carry=began.carry,
+            anneal=began.anneal,
+            steps=run.step,
+            total_steps=run.total_steps or None,
+            global_batch=run.global_batch,
+            seed=run.plan.seed if run.plan else int(trainer.args.seed),
+            samples=_total([source.samples for source in seen]),
+            tokens=_total(tokens),
+            schedule=self._schedule(),
+            optimizer=type(optimizer).__name__ if optimizer is not None else None,
+            tokenizer=self._once("tokenizer", lambda: _vocabulary(reader)),
+            sources=tuple(seen),
+            plugins={plugin.name: plugin.settings() for plugin in run.plugins},
+            recorded={plugin.name: kept for plugin in run.plugins if (kept := plugin.recorded())},
+            versions=versions(),
+            dates={"started": self._started, "saved": _now()},
+        )
+
+    def json(self) -> dict[str, dict[str, Any]]:
+        """For a checkpoint: content by name of file."""
+        self.trained = True
+        return {STAGES_NAME: stages_json(self.all())}
+
+    def end(self) -> None:
+        """Every rank calls it once a stage is over and its counts are gathered."""
+        self._final = self.record()
+
+    def write(self, folder: str | Path) -> None:
+        """Beside the weights that training ended with: those of the best checkpoint, where that was loaded."""
+        best = self.run.trainer.state.best_model_checkpoint
+        stages = None
+        if self.run.trainer.args.load_best_model_at_end and best is not None:
+            stages = read_stages(best)
+        write_stages(folder, stages or self.life())
+
+    def _schedule(self) -> dict[str, Any] | None:
+        run, last = self.run, self.beginning.last
+        if run.lr_schedule is not None:
+            went_on = last is not None and (
+                self.beginning.anneal is not None or [phase.name for phase in run.lr_schedule.phases] == ["constant"]
+            )
+            return schedule_record(run.lr_schedule, run.step, peak=last.peak if went_on and last else None)
+        scheduler, args = run.trainer.lr_scheduler, run.trainer.args
+        if not hasattr(scheduler, "get_last_lr"):
+            return None
+        bases = list(getattr(scheduler, "base_lrs", ()))
+        main = bases.index(args.learning_rate) if args.learning_rate in bases else 0
+        name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        return schedule_record(None, run.step, float(scheduler.get_last_lr()[main]), float(args.learning_rate), name)
+
+    def _seen(self) -> list[SeenSource]:
+        run = self.run
+        if run.plan is None:
+            return [self._without_plan()]
+        found = []
+        for name, entry in run.realised().items():
+            source = next(source for source in run.plan.sources if source.name == name)
+            found.append(
+                SeenSource(
+                    name=self.beginning.name if name == "train" else name,
+                    rows=source.num_rows,
+                    replayed=entry["replayed"],
+                    samples=entry["samples"],
+                    tokens=entry["tokens"],
+                    loss_tokens=entry["loss_tokens"],
+                    **self._origin(name, source.dataset),
+                )
+            )
+        return found
+
+    def _without_plan(self) -> SeenSource:
+        """What the host's own sampler has read: samples by its epochs, tokens from the mean of rows."""
+        run = self.run
+        dataset = run.trainer.train_dataset
+        samples = run.step * run.global_batch
+        rows = len(dataset) if data.is_map_style(dataset) else None
+        if rows and run.steps_per_epoch:
+            passes, steps = divmod(run.step, run.steps_per_epoch)
+            # The last batch of an epoch holds what is left.
+            an_epoch = min(rows, run.steps_per_epoch * run.global_batch)
+            samples = passes * an_epoch + min(steps * run.global_batch, an_epoch)
+        mean, exact = self._once("mean", lambda: self._mean_tokens(dataset)) if rows else (None, False)
+        tokens = None if mean is None else round(samples * mean)
+        name = self.beginning.name
+        origin = self._origin("train", dataset)
+        return SeenSource(name, rows, samples=samples, tokens=tokens, tokens_exact=exact, **origin)
+
+    def _mean_tokens(self, dataset: Any) -> tuple[float | None, bool]:
+        with rng_guard(seed=0):
+            lengths = data.row_lengths(dataset, getattr(self.run.trainer.args, "length_column_name", None))
+            if lengths is not None and len(lengths):
+                return float(lengths.mean()), bool(lengths.min() == lengths.max())
+            return data.mean_tokens(dataset), False
+
+    def _origin(self, name: str, dataset: Any) -> dict[str, Any]:
+        """What identifies the rows of a source, and where they are."""
+
+        def look() -> dict[str, Any]:
+            known = self.run.fingerprints.get(name) or sources.identified(dataset)
+            place = sources.place_of(dataset, known)
+            return {"fingerprint": known, "hub": sources.hub_origin(dataset), "place": place}
+
+        found: dict[str, Any] = self._once(f"source {name}", look)
+        return found
+
+    def _once(self, what: str, look: Callable[[], Any]) -> Any:
+        """What is the same at every save of a run, and takes time to find out."""
+        if what not in self._looked_up:
+            self._looked_up[what] = look()
+        return self._looked_up[what]
+
+
+def _base_of(model: Any) -> list[Stage]:
+    """The model that a first stage began with, where it has a name: what was before is not known."""
+    name = getattr(model, "name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return []
+    return [Stage(0, "base", kind="unknown", base={"path": name, "revision": None})]
+
+
+def _vocabulary(reader: Any) -> str | None:
+    if reader is None or not hasattr(getattr(reader, "tokenizer", reader), "get_vocab"):
+        return None
+    return data.tokenizer_fingerprint(reader)
+
+
+def _total(values: Sequence[Any]) -> Any:
+    return None if None in values or not values else sum(values)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,29 @@
+"""Two ranks of DDP over a model with meta-attention; each writes the gradients that it ends up with."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from meta_attention_reference import META, build, ids
+
+
+def run(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = torch.nn.parallel.DistributedDataParallel(build("Llama").train())
+    tokens = ids() if rank == 0 else torch.full((2, 14), 7)
+    positions = torch.tensor([[3, 7, 9], [7, 9, -1]]) if rank == 0 else torch.full((2, 3), -1)
+    labels = tokens.masked_fill(tokens == META, -100)
+    owners = torch.where(positions < 0, -1, 0)
+    model(
+        input_ids=tokens, labels=labels, meta_positions=positions, meta_documents=owners, use_cache=False
+    ).loss.backward()
+    torch.save({name: p.grad for name, p in model.module.named_parameters()}, Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    processes.spawn(run, args=(sys.argv[1],), nprocs=2)

@@ -1,0 +1,337 @@
+"""BufferCallback: what training saw is what is sampled, for any workers, ranks, plans, streams and restarts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_buffer
+import tiny
+import torch
+from datasets import Dataset
+from test_distributed import WHERE, launch
+from transformers import Trainer, TrainerCallback, default_data_collator
+
+from hf_pretrain_ext import PluginError, extend
+from hf_pretrain_ext.buffer import BufferWriter, ReplayBuffer, ReplayBufferError
+from hf_pretrain_ext.callbacks import BufferCallback, ForgettingCallback, ReplayCallback
+
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+class Seen(TrainerCallback):
+    """The ids that the model is given in training, row by row, by an ordinary hook."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+
+    def attach(self, trainer: Trainer) -> Trainer:
+        def see(module: Any, args: Any, kwargs: Any) -> None:
+            if module.training:
+                self.rows += kwargs["input_ids"].tolist()
+
+        trainer.model.register_forward_pre_hook(see, with_kwargs=True)
+        return trainer
+
+
+def run(folder: Path, *plugins: Any, **settings: Any) -> tuple[Trainer, list[list[int]]]:
+    seen = Seen()
+    trained = seen.attach(extend(tiny.trainer(folder, *plugins, seen, **settings)))
+    trained.train()
+    return trained, seen.rows
+
+
+def kept(folder: Path) -> list[list[int]]:
+    return ReplayBuffer.open(folder / "replay_buffer").dataset()["input_ids"][:]
+
+
+def stream(number: int = 40, seed: int = 0) -> Any:
+    return tiny.rows(number, seed).to_iterable_dataset(num_shards=4)
+
+
+SETTINGS = {
+    "plain": {},
+    "workers": {"dataloader_num_workers": 2},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "stream": {"data": stream},
+    "stream in workers": {"data": stream, "dataloader_num_workers": 2},
+}
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["host", "plan"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_kept_is_what_was_seen(name: str, planned: bool, tmp_path: Path) -> None:
+    """A buffer with room for all: every row of the training data that the model had, in that order, and no other."""
+    settings: dict[str, Any] = {k: v() if callable(v) else v for k, v in SETTINGS[name].items()}
+    plugins = [ReplayCallback(tiny.rows(30, seed=9), ratio=0.25)] if planned else []
+    _, seen = run(tmp_path, BufferCallback(max_bytes=MIB), *plugins, **settings)
+    old = tiny.rows(30, seed=9)["input_ids"][:]
+    new = [row for row in seen if row not in old]
+    assert len(seen) == 24 and len(new) == (18 if planned else 24)
+    # A stream that the host gives to two workers is read by both, one batch in turn; order is by number all the same.
+    assert kept(tmp_path) == new
+    found = ReplayBuffer.open(tmp_path / "replay_buffer")
+    assert found.seen == len(new) and found.share == 1
+    dataset = found.dataset()
+    assert dataset.column_names == ["input_ids", "labels"] and dataset["labels"][:] == dataset["input_ids"][:]
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["host", "plan"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["rows", "stream"])
+def test_later_passes_add_nothing(planned: bool, streamed: bool, tmp_path: Path) -> None:
+    """Three passes over ten rows, of which the last batch of each is ragged."""
+    data = stream(10) if streamed else tiny.rows(10)
+    plugins = [ReplayCallback(tiny.rows(30, seed=9), ratio=0.25)] if planned else []
+    run(tmp_path, BufferCallback(max_bytes=MIB), *plugins, data=data, max_steps=8)
+    found = kept(tmp_path)
+    assert sorted(found) == sorted(tiny.rows(10)["input_ids"][:])
+    assert ReplayBuffer.open(tmp_path / "replay_buffer").seen == 10
+
+
+def long_rows(number: int, seed: int = 0) -> Dataset:
+    return tiny.rows(number, seed, length=64)
+
+
+LARGE = {"per_device_train_batch_size": 64, "max_steps": 24, "logging_steps": 100}
+LIMIT = MIB * 2 // 3
+ROW = (4 * 64 + 4) + (8 * 64 + 4) + 8  # `datasets` keeps input_ids in 32 bits
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_full_buffer_is_the_reference_sample(workers: int, tmp_path: Path) -> None:
+    """1,536 rows, of which 891 fit."""
+    data = long_rows(1600)
+    trained, seen = run(
+        tmp_path, BufferCallback(max_bytes=MIB, seed=3), data=data, dataloader_num_workers=workers, **LARGE
+    )
+    expected = test_buffer.reference(3, [ROW] * 1536, LIMIT)
+    found = ReplayBuffer.open(tmp_path / "replay_buffer")
+    assert found.numbers.tolist() == expected and len(expected) == LIMIT // ROW
+    assert kept(tmp_path) == [seen[number] for number in expected]
+    assert test_buffer.disk(tmp_path / "replay_buffer") <= MIB
+    assert found.seen == 1536
+
+
+class Stops(TrainerCallback):
+    """Saves at a step, trains on, and breaks off as abruptly as a loop can at another."""
+
+    def __init__(self, save: int, stop: int):
+        self.save, self.stop = save, stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = state.global_step == self.save
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.stop:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["rows", "stream"])
+def test_a_resume_counts_nothing_twice(streamed: bool, tmp_path: Path) -> None:
+    """Broken off ten steps after the checkpoint, with a buffer that is full and went on: the same sample at the end."""
+
+    def data() -> Any:
+        rows = long_rows(1600)
+        return rows.to_iterable_dataset(num_shards=4) if streamed else rows
+
+    run(tmp_path / "whole", BufferCallback(max_bytes=MIB), data=data(), **LARGE)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", BufferCallback(max_bytes=MIB), Stops(9, 19), data=data(), **LARGE)
+    ahead = ReplayBuffer.open(tmp_path / "cut" / "replay_buffer")
+    assert ahead.manifest.through > 9 * 64
+    resumed = extend(tiny.trainer(tmp_path / "cut", BufferCallback(max_bytes=MIB), data=data(), **LARGE))
+    resumed.train(resume_from_checkpoint=True)
+    whole, again = (ReplayBuffer.open(tmp_path / name / "replay_buffer") for name in ("whole", "cut"))
+    assert again.numbers.tolist() == whole.numbers.tolist()
+    assert again.seen == whole.seen == 1536 and again.manifest.bound == whole.manifest.bound
+    assert again.dataset()["input_ids"][:] == whole.dataset()["input_ids"][:]
+
+
+def test_a_checkpoint_waits_for_what_was_seen_before_it(tmp_path: Path) -> None:
+    """With a cadence of many steps, the rows of all steps up to a save are on disk when it is made."""
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, BufferCallback(max_bytes="1 GB"), Stops(5, 5), max_steps=9)
+    assert ReplayBuffer.open(tmp_path / "replay_buffer").manifest.through == 20
+    assert (tmp_path / "checkpoint-5" / "hf_pretrain_ext" / "manifest.json").is_file()
+
+
+def test_another_folder_on_resume_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, BufferCallback(max_bytes=MIB), Stops(3, 3))
+    for folder, text in ((tmp_path / "elsewhere", "it holds no rows"), (tmp_path / "behind", "the rows between are")):
+        if folder.name == "behind":
+            with BufferWriter(folder, MIB) as writer:
+                writer.begin_stage()
+        resumed = extend(tiny.trainer(tmp_path, BufferCallback(folder, max_bytes=MIB)))
+        with pytest.raises(ReplayBufferError, match=text):
+            resumed.train(resume_from_checkpoint=True)
+
+
+def test_a_new_run_asks_about_one_that_was_broken_off(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, BufferCallback(max_bytes=MIB), Stops(3, 3))
+    with pytest.raises(ReplayBufferError, match=r"12 rows, from number 0 on.*resume_from_checkpoint"):
+        run(tmp_path, BufferCallback(max_bytes=MIB))
+    run(tmp_path, BufferCallback(max_bytes=MIB, unfinished="drop"))
+    found = ReplayBuffer.open(tmp_path / "replay_buffer")
+    assert found.seen == len(found) == 24
+
+
+def test_two_stages_and_a_replay_of_the_first(tmp_path: Path) -> None:
+    """The second stage replays a copy of what the first saw, and adds its own new rows alone."""
+    buffer = tmp_path / "seen"
+    _, first = run(tmp_path / "one", BufferCallback(buffer, max_bytes=MIB), data=stream())
+    old = ReplayBuffer.open(buffer).copy(tmp_path / "two" / "replayed").dataset()
+    assert old["input_ids"][:] == first
+
+    def second() -> list[Any]:
+        return [BufferCallback(buffer, max_bytes=MIB), ReplayCallback(old, ratio=0.5)]
+
+    trained, seen = run(tmp_path / "two", *second(), data=tiny.rows(40, seed=1), dataloader_num_workers=2)
+    assert sum(row in first for row in seen) == 12
+    new = [row for row in seen if row not in first]
+    assert ReplayBuffer.open(buffer).dataset()["input_ids"][:] == first + new
+    assert trained.plugin_run.realised()["replay"]["samples"] == 12
+
+
+def test_replaying_from_the_folder_that_is_written_to_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "one", BufferCallback(tmp_path / "seen", max_bytes=MIB))
+    old = ReplayBuffer.open(tmp_path / "seen").dataset()
+    plugins = [BufferCallback(tmp_path / "seen", max_bytes=MIB), ReplayCallback(old, ratio=0.5)]
+    with pytest.raises(PluginError, match="from the buffer to which this run adds rows. Read from a copy"):
+        extend(tiny.trainer(tmp_path / "two", *plugins))
+
+
+def test_weights_are_those_without_it(tmp_path: Path) -> None:
+    """With a plan, dropout, a full buffer and a random collator: bit for bit."""
+
+    def train(name: str, *plugins: Any) -> Trainer:
+        replay = ReplayCallback(long_rows(50, seed=9), ratio=0.25)
+        return run(tmp_path / name, replay, *plugins, data=long_rows(1600), dropout=0.1, **LARGE)[0]
+
+    with_it, without = train("with", BufferCallback(max_bytes=MIB)), train("without")
+    assert tiny.same_weights(with_it, without)
+    assert ReplayBuffer.open(tmp_path / "with" / "replay_buffer").share < 1
+
+
+def test_columns_that_the_model_does_not_take_are_left_out(tmp_path: Path) -> None:
+    """Of map-style rows the host removes them before, of streams in the collator."""
+    rows = tiny.rows(40).add_column("text", ["x"] * 40)
+    for name, data in (("rows", rows), ("stream", rows.to_iterable_dataset())):
+        for planned in (False, True):
+            plugins = [ReplayCallback(tiny.rows(30, seed=9), ratio=0.25)] if planned else []
+            folder = tmp_path / f"{name}-{planned}"
+            run(folder, BufferCallback(max_bytes=MIB), *plugins, data=data)
+            dataset = ReplayBuffer.open(folder / "replay_buffer").dataset()
+            assert dataset.column_names == ["input_ids", "labels"]
+
+
+def test_tensors_and_plain_rows(tmp_path: Path) -> None:
+    class Rows(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+            ids = torch.full((16,), number + 1)
+            return {"input_ids": ids, "labels": ids}
+
+    for workers in (0, 2):
+        folder = tmp_path / str(workers)
+        _, seen = run(folder, BufferCallback(max_bytes=MIB), data=Rows(), dataloader_num_workers=workers)
+        assert kept(folder) == seen
+    _, seen = run(tmp_path / "torch", BufferCallback(max_bytes=MIB), data=tiny.rows(40).with_format("torch"))
+    assert kept(tmp_path / "torch") == seen
+
+
+def test_a_stop_before_the_end_leaves_the_stage_open(tmp_path: Path) -> None:
+    stop = ForgettingCallback({"old": tiny.rows(9, seed=8)}, every=2, stop_if={"old": 1e-9})
+    trained, _ = run(tmp_path, BufferCallback(max_bytes=MIB), stop, learning_rate=1.0)
+    assert trained.state.global_step < 6
+    assert not ReplayBuffer.open(tmp_path / "replay_buffer").manifest.stages[-1].finished
+
+
+def test_a_disk_that_is_full_ends_training_with_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = extend(tiny.trainer(tmp_path, BufferCallback(max_bytes=MIB)))
+
+    class Fills(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                monkeypatch.setattr("hf_pretrain_ext.buffer.storage.os.replace", full)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    trainer.add_callback(Fills())
+    with pytest.raises(ReplayBufferError, match="could not be written"):
+        trainer.train()
+    monkeypatch.undo()
+    assert len(ReplayBuffer.open(tmp_path / "replay_buffer")) >= 4
+
+
+def test_a_collator_without_dicts_is_named(tmp_path: Path) -> None:
+    trainer = extend(tiny.trainer(tmp_path, BufferCallback(max_bytes=MIB), data_collator=lambda rows: (rows,)))
+    with pytest.raises(TypeError, match="batches are dicts, got tuple"):
+        trainer.train()
+
+
+def test_the_reader_of_a_random_collator_is_found(tmp_path: Path) -> None:
+    """Under a plan, masking draws by position: also behind the collator that records."""
+    from transformers import DataCollatorForLanguageModeling
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<unk>"})
+
+    def train(name: str, *plugins: Any) -> Trainer:
+        masked = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3, seed=1)
+        data = tiny.rows(40).remove_columns("labels")
+        replay = ReplayCallback(tiny.rows(30, seed=9).remove_columns("labels"), ratio=0.25)
+        return run(tmp_path / name, replay, *plugins, data=data, data_collator=masked)[0]
+
+    assert tiny.same_weights(train("with", BufferCallback(max_bytes=MIB)), train("without"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("where", WHERE)
+def test_two_ranks_keep_what_one_keeps(where: str, tmp_path: Path) -> None:
+    """Rows of both ranks, also after a resume; with the plan and without."""
+    for plugins in (["buffer"], ["buffer", "replay"]):
+        name = "-".join(plugins)
+        import settings
+
+        run(
+            tmp_path / f"one-{name}",
+            *settings.make(tuple(plugins)),
+            per_device_train_batch_size=8,
+        )
+        launch(tmp_path, f"{where}-{name}", where, plugins=plugins)
+        one, two = (
+            ReplayBuffer.open(tmp_path / folder / "replay_buffer") for folder in (f"one-{name}", f"{where}-{name}")
+        )
+        assert two.numbers.tolist() == one.numbers.tolist() and two.seen == one.seen == len(one) >= 30
+        assert two.dataset()["input_ids"][:] == one.dataset()["input_ids"][:]
+        if where != "fsdp2":
+            saved = str(tmp_path / f"{where}-{name}" / "checkpoint-3")
+            launch(tmp_path, f"{where}-{name}", where, plugins=plugins, resume_from=saved)
+            again = ReplayBuffer.open(tmp_path / f"{where}-{name}" / "replay_buffer")
+            assert again.numbers.tolist() == one.numbers.tolist() and again.seen == one.seen
+
+
+@pytest.mark.distributed
+def test_a_folder_that_cannot_be_used_ends_all_ranks(tmp_path: Path) -> None:
+    from test_distributed import start
+
+    (tmp_path / "ddp" / "replay_buffer").mkdir(parents=True)
+    (tmp_path / "ddp" / "replay_buffer" / "buffer.json").write_text("{}")
+    done = start(tmp_path, "ddp", "ddp", plugins=["buffer"])
+    assert done.returncode != 0 and "buffer.json cannot be read" in done.stderr
+
+
+def test_the_default_collator_is_left_as_it_is(tmp_path: Path) -> None:
+    trained, _ = run(tmp_path, BufferCallback(max_bytes=MIB))
+    assert trained.data_collator is default_data_collator

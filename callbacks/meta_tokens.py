@@ -85,8 +85,8 @@ class MetaTokensCallback(TrainerPlugin):
     distributed = {
         "ddp": "exact",
         "fsdp2": "refused: what is put into a model that is sharded already would not be sharded",
-        "zero2": "untested",
-        "zero3": "untested",
+        "zero2": "exact",
+        "zero3": "exact",
     }
     # Adapters freeze what is in the model when they come.
     after = ("gradnormlorp",)
@@ -185,6 +185,13 @@ class MetaTokensCallback(TrainerPlugin):
                 f"label_smoothing_factor={setup.args.label_smoothing_factor} asks every token for a share of the "
                 "probability, and the meta-token's is 0",
                 "Set label_smoothing_factor=0.",
+            )
+        alone = self.kind == "meta" or not unwrapped(setup.model).get_input_embeddings().weight.requires_grad
+        if fit and alone and _host.sharding(setup.trainer) == "zero3":
+            yield Problem(
+                self.name,
+                "the embedding is frozen, and ZeRO-3 splits the token's row, which is trained alone, and its table",
+                "Pass train='all' with an embedding that is trained, or use ZeRO-2 or DDP.",
             )
         dataset = setup.train_dataset
         if fit and (data.is_map_style(dataset) or data.is_stream(dataset)):

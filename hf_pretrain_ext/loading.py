@@ -256,7 +256,8 @@ def carry_optimizer(optimizer: Any, folder: str | Path, was: str | None = None) 
             f"{[len(group) for group in ours]}"
         )
     for number, param in zip(chain.from_iterable(theirs), chain.from_iterable(ours), strict=True):
-        for key, value in saved["state"].get(number, {}).items():
+        # Others keep moments in shapes of their own, and look at them as they load.
+        for key, value in saved["state"].get(number, {}).items() if _is_torchs(optimizer) else ():
             if key in _OF_PARAMETER and isinstance(value, torch.Tensor) and value.shape != param.shape:
                 raise refused(
                     f"{key} of parameter {number} has the shape {tuple(value.shape)}, and the parameter "
@@ -272,3 +273,10 @@ def carry_optimizer(optimizer: Any, folder: str | Path, was: str | None = None) 
         optimizer.load_state_dict({**saved, "param_groups": groups})
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise refused(reason(error, 300)) from error
+
+
+def _is_torchs(optimizer: Any) -> bool:
+    """Whether it is one of `torch.optim`, wrapped or not."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return type(optimizer).__module__.startswith("torch.optim")

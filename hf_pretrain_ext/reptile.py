@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from hf_pretrain_ext.anchored import DEVICES, Anchored, total
 from hf_pretrain_ext.values import MAX_STEPS, check_integers, is_number, shown
 
 __all__ = ["Interpolation", "Reptile", "anchor_bytes"]
 
 ANCHOR = "reptile_anchor"
 STEPS = "reptile_steps"
-DEVICES = ("weights", "cpu")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def anchor_bytes(model: torch.nn.Module) -> int:
     return 4 * sum(param.numel() for param in model.parameters() if param.requires_grad)
 
 
-class Reptile(Optimizer):
+class Reptile(Anchored):
     """
     An optimizer with Reptile steps (Abbes et al., 2025): after every `every` of its steps
 
@@ -78,71 +78,27 @@ class Reptile(Optimizer):
     (1.0, 2.0)
     """
 
-    # A GradScaler that leaves unscaling to the optimizer would set attributes of this one.
-    _step_supports_amp_scaling = False
+    anchor_key = ANCHOR
+    numbers = {STEPS: "steps"}
 
     def __init__(
         self, optimizer: Optimizer, *, every: int = 500, epsilon: float = 0.1, anchor_device: str = "weights"
     ):
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, Reptile):
             raise TypeError("optimizer makes Reptile steps already: wrap it once")
         check_settings(every, epsilon, anchor_device)
-        if getattr(optimizer, "updated_in_backward", False):
-            raise ValueError(
-                "optimizer updates the weights in the backward pass, where θ₀ and the last gradient cannot be had. "
-                "Use its form that updates in step()"
-            )
-        # Not super().__init__: groups, state and defaults are the wrapped optimizer's, by the properties below.
-        self.optimizer = optimizer
-        self.every, self.epsilon, self.anchor_device = every, float(epsilon), anchor_device
+        super().__init__(optimizer, anchor_device)
+        self.every, self.epsilon = every, float(epsilon)
         self.steps = 0
         self.last: Interpolation | None = None
         self.on_interpolation: Callable[[Interpolation], None] | None = None
-        self._anchors: dict[torch.Tensor, torch.Tensor] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.optimizer.defaults
 
     def __repr__(self) -> str:
         return f"Reptile(every={self.every}, epsilon={self.epsilon}, {self.optimizer!r})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self.optimizer.add_param_group(param_group)
-
-    def _params(self) -> Iterator[torch.Tensor]:
-        for group in self.param_groups:
-            yield from group["params"]
-
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        for param in self._params():
-            if param not in self._anchors:
-                self._anchors[param] = self._anchor(param)
+        self._take_anchors()
         due = (self.steps + 1) % self.every == 0
         seen = self._alignment() if due else None
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
@@ -150,10 +106,6 @@ class Reptile(Optimizer):
         if seen is not None:
             self._interpolate(*seen)
         return loss
-
-    def _anchor(self, param: torch.Tensor) -> torch.Tensor:
-        kept = param.detach().to(torch.float32, copy=True)
-        return kept.cpu() if self.anchor_device == "cpu" else kept
 
     def _begin(self, param: torch.Tensor) -> torch.Tensor:
         """θ₀ as the weights had it, in 32 bits."""
@@ -165,11 +117,11 @@ class Reptile(Optimizer):
         product = gradients = way = 0.0
         for param in self._params():
             back = self._begin(param) - param.float()
-            way += _sum(back * back)
+            way += total(back * back)
             if param.grad is not None:
                 gradient = param.grad.float()
-                product += _sum(gradient * back)
-                gradients += _sum(gradient * gradient)
+                product += total(gradient * back)
+                gradients += total(gradient * gradient)
         norms = (way * gradients) ** 0.5
         return product, product / norms if norms > 0 else 0.0
 
@@ -178,7 +130,7 @@ class Reptile(Optimizer):
         for param in self._params():
             anchor, begin = self._anchors[param], self._begin(param)
             way = param.float() - begin
-            moved += _sum(way * way)
+            moved += total(way * way)
             # ε = 1 leaves the weights alone, to the bit.
             new = param.float() if self.epsilon == 1 else anchor.to(param.device) + self.epsilon * way
             anchor.copy_(new)
@@ -186,56 +138,6 @@ class Reptile(Optimizer):
         self.last = Interpolation(self.steps, moved**0.5, product, cosine)
         if self.on_interpolation is not None:
             self.on_interpolation(self.last)
-
-    def state_dict(self) -> dict[str, Any]:
-        """That of the wrapped optimizer, with θ₀ in the state of each parameter and the count of steps in a group."""
-        saved = self.optimizer.state_dict()
-        numbers = [number for group in saved["param_groups"] for number in group["params"]]
-        state = dict(saved["state"])
-        for number, param in zip(numbers, self._params(), strict=True):
-            if param in self._anchors:
-                state[number] = {**state.get(number, {}), ANCHOR: self._anchors[param]}
-        first, *others = saved["param_groups"]
-        return {**saved, "state": state, "param_groups": [{**first, STEPS: self.steps}, *others]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """
-        Loads what [`state_dict`](Reptile.state_dict) gave; that of a bare optimizer begins an interval here.
-
-        Raises:
-            `ValueError`: a θ₀ of another shape, or for some parameters only.
-        """
-        groups = state_dict["param_groups"]
-        steps = groups[0].get(STEPS, 0)
-        state, anchors = {}, {}
-        for number, held in state_dict["state"].items():
-            rest = dict(held)
-            if ANCHOR in rest:
-                anchors[number] = rest.pop(ANCHOR)
-            if rest:
-                state[number] = rest
-        numbers = [number for group in groups for number in group["params"]]
-        params = list(self._params())
-        if anchors and (len(numbers) != len(params) or set(anchors) != set(numbers)):
-            raise ValueError(
-                f"the state holds θ₀ for {len(anchors)} of {len(numbers)} parameters, and the optimizer has "
-                f"{len(params)}: it belongs to another model or was cut short"
-            )
-        for number, param in zip(numbers, params, strict=False):
-            if number in anchors and anchors[number].shape != param.shape:
-                raise ValueError(
-                    f"the state holds θ₀ of shape {tuple(anchors[number].shape)} for a parameter of shape "
-                    f"{tuple(param.shape)}: it belongs to another model"
-                )
-        bare = [{key: value for key, value in group.items() if key != STEPS} for group in groups]
-        self.optimizer.load_state_dict({**state_dict, "state": state, "param_groups": bare})
-        self.steps = int(steps)
-        # torch casts state to the type of the weights, which would round θ₀.
-        self._anchors = {
-            param: anchors[number].to("cpu" if self.anchor_device == "cpu" else param.device, torch.float32, copy=True)
-            for number, param in zip(numbers, params, strict=False)
-            if number in anchors
-        }
 
 
 def check_settings(every: Any, epsilon: Any, anchor_device: Any) -> None:
@@ -248,9 +150,3 @@ def check_settings(every: Any, epsilon: Any, anchor_device: Any) -> None:
         raise ValueError(f"epsilon must be above 0, where nothing would be learned, and up to 1, got {shown(epsilon)}")
     if anchor_device not in DEVICES:
         raise ValueError(f"anchor_device must be one of {DEVICES}, got {shown(anchor_device)}")
-
-
-def _sum(values: torch.Tensor) -> float:
-    total: Any = values.sum(dtype=torch.float64)
-    # Of a sharded tensor, over all shards.
-    return float(total.full_tensor() if hasattr(total, "full_tensor") else total)

@@ -109,7 +109,16 @@ class RunStage:
             "name": began.name,
             "kind": began.kind,
             "parent": began.parent,
-            "earlier": [{"name": stage.name, "kind": stage.kind, "steps": stage.steps} for stage in began.earlier],
+            "earlier": [
+                {
+                    **{
+                        key: getattr(stage, key)
+                        for key in ("number", "name", "kind", "steps", "tokens", "rate", "phase")
+                    },
+                    "sources": {source.name: source.tokens for source in stage.sources},
+                }
+                for stage in began.earlier
+            ],
         }
 
     # Recording

@@ -52,11 +52,19 @@ from hf_pretrain_ext import (
     pack,
     read_trace,
 )
-from hf_pretrain_ext.callbacks import ForgettingCallback, MetadataCallback, ReplayCallback, RewarmCallback
+from hf_pretrain_ext.callbacks import (
+    ForgettingCallback,
+    MetadataCallback,
+    MetaTokensCallback,
+    ReplayCallback,
+    RewarmCallback,
+)
 from hf_pretrain_ext.checkpoint import STATE_FOLDER, CheckpointError, read_state, resolve, write_state
 from hf_pretrain_ext.data import sample_rows
 from hf_pretrain_ext.demo.tokenizer import blocks, encode_documents, train_tokenizer
 from hf_pretrain_ext.loader import PlanCollator
+from hf_pretrain_ext.meta_tokens.insertion import insert
+from hf_pretrain_ext.meta_tokens.rows import with_meta_tokens
 from hf_pretrain_ext.metadata import ControlTokens, condition
 from hf_pretrain_ext.metadata.inference import prompt_ids
 from hf_pretrain_ext.plan import Phase, Segment
@@ -2221,5 +2229,159 @@ add(
         "no trace",
         lambda folder: partial(read_trace, folder),
         "a run with plug-ins writes trace.jsonl into its output_di",
+    ),
+)
+
+
+# --- meta-tokens ------------------------------------------------------------------------------------
+
+
+def meta_tokens(**given: Any) -> Prepare:
+    return call(MetaTokensCallback, **given)
+
+
+def inserting(data: Any = None, tokenizer: Any = settings.full_tokenizer, **arguments: Any) -> Prepare:
+    """`extend` with a MetaTokensCallback; `tokenizer` gives what a Trainer has of one."""
+    own = {name: arguments.pop(name) for name in ("positions", "token", "boundaries", "rope") if name in arguments}
+    fraction = {"fraction": arguments.pop("fraction", 0.25)} if own.get("positions") != "given" else {}
+
+    def prepare(folder: Path) -> Act:
+        made = {name: value() if name == "model" else value for name, value in arguments.items()}
+        return extending(lambda: MetaTokensCallback(**fraction, **own), data=data or new_rows, **tokenizer(), **made)(
+            folder
+        )
+
+    return prepare
+
+
+def held() -> Dataset:
+    return tiny.rows(40, low=64, high=65)
+
+
+def gpt2() -> Any:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=18))
+
+
+def mamba() -> Any:
+    return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
+
+
+PAIR = torch.tensor([[5, 6, 7]])
+
+add(
+    "settings",
+    ValueError,
+    (
+        "meta-tokens, all of them",
+        meta_tokens(fraction=1.0),
+        "fraction must be meta-tokens per token of text, from 0 to",
+    ),
+    ("meta-tokens, fewer than none", meta_tokens(fraction=-0.1), "from 0 to 0.5, got -0.1. Pass 0.1, say, for one to"),
+    ("meta-tokens of text", meta_tokens(fraction="10%"), "from 0 to 0.5, got '10%'"),
+    ("meta-tokens, NaN of them", meta_tokens(fraction=float("nan")), "from 0 to 0.5, got nan"),
+    ("a meta-token without a name", meta_tokens(token=" "), "token must be a text such as '<|meta|>', got ' '"),
+    ("a meta-token by its id", meta_tokens(token=7), "token must be a text such as '<|meta|>', got 7"),
+    ("meta-attention, maybe", meta_tokens(attention="yes"), "attention must be True or False, got 'yes'"),
+    ("meta-attention rotated by a flag", meta_tokens(rope=True), "rope must be one of ('on', 'off'), got True"),
+    (
+        "meta-tokens anywhere",
+        meta_tokens(positions="random"),
+        "positions must be one of ('uniform', 'every_n', 'bound",
+    ),
+    (
+        "meta-tokens in shorter samples",
+        meta_tokens(length="short"),
+        "length must be one of ('longer', 'fixed'), got '",
+    ),
+    ("meta-tokens, nothing trained", meta_tokens(train="none"), "train must be one of ('all', 'meta'), got 'none'"),
+    (
+        "boundaries that are text",
+        meta_tokens(positions="boundaries", boundaries="."),
+        "boundaries must be a list of to",
+    ),
+    (
+        "boundaries of uniform places",
+        meta_tokens(boundaries=["."]),
+        "boundaries are for positions='boundaries', got p",
+    ),
+    (
+        "a fraction of given places",
+        meta_tokens(positions="given", fraction=0.2),
+        "fraction and length are of no use with positions='given': the data has its meta-tokens",
+    ),
+    (
+        "meta-attention that nobody knows",
+        meta_tokens(meta_attention={"heads": 2}),
+        "meta_attention must be a dict of bias, dropout, eps, head_dim, init, mask_logits, norm, num_heads, num_key",
+    ),
+    ("meta-attention with a sign", meta_tokens(meta_attention={"dropout": -1}), "dropout must be a number from 0 up"),
+    (
+        "inserting into one row of ids",
+        call(insert, PAIR[0], None, PAIR, 9),
+        "input_ids must have the shape (batch, se",
+    ),
+    (
+        "inserting behind the end",
+        call(insert, PAIR, None, PAIR, 9),
+        "positions must lie below 6, the tokens and meta-",
+    ),
+)
+add(
+    "settings",
+    PluginError,
+    (
+        "no meta-tokens",
+        inserting(fraction=0),
+        "meta_tokens: would change nothing with fraction=0. Raise it, or pass all",
+    ),
+    (
+        "meta-tokens with smoothed labels",
+        inserting(label_smoothing_factor=0.1),
+        "label_smoothing_factor=0.1 asks every token for a share of the probability, and the meta-token's is 0",
+    ),
+    (
+        "meta-tokens in a recurrent model",
+        inserting(model=mamba),
+        "meta_tokens: MambaForCausalLM is recurrent: it keeps a state",
+    ),
+)
+add(
+    "datasets",
+    PluginError,
+    (
+        "too short for a meta-token",
+        inserting(fraction=0.05),
+        "would change nothing: fraction=0.05 of samples of 16 tokens is less than one meta-token. Raise fraction",
+    ),
+    (
+        "the meta-token among the data",
+        inserting(held),
+        "row 0 of the train_dataset holds the id of '<|meta|>', 64, already. Tokenize text with split_special_tokens=",
+    ),
+    ("no meta-token among the data", inserting(positions="given"), "but none of 40 rows looked at holds '<|meta|>'"),
+    (
+        "no positions left for meta-tokens",
+        inserting(model=gpt2),
+        "a document 20 long, and the model has 18 positions. Cut samples to 15 tokens, or pass length='fixed'",
+    ),
+)
+add(
+    "datasets",
+    TypeError,
+    ("meta-tokens into a list", call(with_meta_tokens, [], None), "dataset must be a datasets.Dataset, got list"),
+)
+add(
+    "tokenizers",
+    PluginError,
+    ("meta-tokens without one", inserting(tokenizer=dict), "meta_tokens: the Trainer has no tokenizer. Pass `process"),
+    (
+        "a meta-token that is a letter",
+        inserting(token="a"),
+        "meta_tokens: tokens has ['a'], which the tokenizer knows as ordinary text. Choose another name",
+    ),
+    (
+        "boundaries that it does not know",
+        inserting(positions="boundaries", boundaries=["¶"]),
+        "meta_tokens: boundaries has ['¶'], which the tokenizer does not know as tokens. Look them up",
     ),
 )

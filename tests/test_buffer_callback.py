@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import settings
 import test_buffer
 import tiny
 import torch
@@ -299,23 +300,17 @@ def test_the_reader_of_a_random_collator_is_found(tmp_path: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("where", WHERE)
 def test_two_ranks_keep_what_one_keeps(where: str, tmp_path: Path) -> None:
-    """Rows of both ranks, also after a resume; with the plan and without."""
-    for plugins in (["buffer"], ["buffer", "replay"]):
+    """Rows of both ranks, also after a resume; with the plan, and in the host's own order."""
+    for plugins in (["buffer", "replay"], ["buffer"])[: 2 if where == "ddp" else 1]:
         name = "-".join(plugins)
-        import settings
-
-        run(
-            tmp_path / f"one-{name}",
-            *settings.make(tuple(plugins)),
-            per_device_train_batch_size=8,
-        )
+        run(tmp_path / f"one-{name}", *settings.make(tuple(plugins)), per_device_train_batch_size=8)
         launch(tmp_path, f"{where}-{name}", where, plugins=plugins)
         one, two = (
             ReplayBuffer.open(tmp_path / folder / "replay_buffer") for folder in (f"one-{name}", f"{where}-{name}")
         )
         assert two.numbers.tolist() == one.numbers.tolist() and two.seen == one.seen == len(one) >= 30
         assert two.dataset()["input_ids"][:] == one.dataset()["input_ids"][:]
-        if where != "fsdp2":
+        if where == "ddp":
             saved = str(tmp_path / f"{where}-{name}" / "checkpoint-3")
             launch(tmp_path, f"{where}-{name}", where, plugins=plugins, resume_from=saved)
             again = ReplayBuffer.open(tmp_path / f"{where}-{name}" / "replay_buffer")

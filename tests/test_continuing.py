@@ -893,3 +893,49 @@ def test_weights_of_a_wider_type_are_said_to_be_rounded(
     assert "weights are rounded from float32 to bfloat16" in capsys.readouterr().err
     expected = loaded(last(english)).to(torch.bfloat16).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tiny.weights(stage).items())
+
+
+# Optimizers that keep more than moments; the report
+
+
+@pytest.mark.parametrize("plugin", ["reptile", "gradnormlorp"])
+def test_all_that_an_optimizer_counts_comes_along(plugin: str, tmp_path: Path) -> None:
+    """Anchors and steps of an interval, projectors and quantised moments: as they were saved, bit for bit."""
+    import settings
+
+    made = settings.by_name(plugin).make
+    seen: dict[str, Any] = {}
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.update(copy.deepcopy(kwargs["optimizer"].state_dict()))
+
+    extend(new_stage(tmp_path / "one", made(), **{**SAVES, "save_steps": 3})).train()
+    folder = tmp_path / "one" / "checkpoint-3"
+    saved = torch.load(folder / "optimizer.pt", weights_only=True)
+    stage = new_stage(tmp_path / "two", made(), Look(), learning_rate=5e-3)
+    continue_from(stage, str(folder), carry=("weights", "optimizer")).train()
+    for number, held in saved["state"].items():
+        for key, value in held.items():
+            now = seen["state"][number][key]
+            equal = torch.equal(now, value) and now.dtype == value.dtype if torch.is_tensor(value) else now == value
+            assert equal, (number, key)
+    for ours, theirs in zip(seen["param_groups"], saved["param_groups"], strict=True):
+        rest = {key: value for key, value in theirs.items() if key not in ("lr", "initial_lr")}
+        assert {key: ours[key] for key in rest} == rest and ours["initial_lr"] == 5e-3
+    with pytest.raises(CheckpointError, match="Leave 'optimizer' out of carry"):
+        bare = new_stage(tmp_path / "three", RewarmCallback(1e-2))
+        continue_from(bare, str(folder), carry=("weights", "optimizer")).train()
+
+
+def test_the_report_shows_the_stages_before(english: Path, tmp_path: Path) -> None:
+    from hf_pretrain_ext.report.html import report
+
+    replay = ReplayCallback(from_history=True, ratio=0.25, data={"stage-1": tiny.rows(40)})
+    stage = new_stage(tmp_path / "two", infinite(), replay, max_steps=4)
+    continue_from(stage, last(english), name="german").train()
+    page = report([english / "run", tmp_path / "two"], tmp_path / "page.html").read_text()
+    table = page[page.index("Stages before") :]
+    for words in ("stage-1", "german 75.0%, stage-1 25.0%", "0.0055", "constant"):
+        assert words in table
+    assert "Stages before" not in report([english / "run"], tmp_path / "one.html").read_text()

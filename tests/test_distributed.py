@@ -279,6 +279,36 @@ def test_reptile_is_refused_where_deepspeed_would_undo_it(folder: Path) -> None:
     assert done.returncode != 0 and "its next step would undo the interpolation" in done.stderr
 
 
+@pytest.mark.parametrize("plugin", ["meta_tokens", "meta_tokens-lora"])
+@pytest.mark.parametrize("where", ["ddp", *WHERE[2:]])
+def test_meta_tokens_on_two_ranks(where: str, plugin: str, folder: Path) -> None:
+    """Samples with the meta-tokens that one process gives them; the ranks alike; a resume that is bit-exact."""
+    if where == "zero3" and plugin == "meta_tokens-lora":
+        done = start(folder, "meta-zero3", where, plugins=[plugin])
+        assert done.returncode != 0 and "ZeRO-3 splits the token's row, which is trained alone" in done.stderr
+        return
+    plugins = [plugin, "replay"]
+    # Dropout of an adapter follows the micro-batches.
+    alone = distributed_worker.run(folder / f"{plugin}-one-{where}", plugins=tuple(plugins))[1]
+    two = launch(folder, f"{plugin}-{where}", where, plugins=plugins)
+    assert all(torch.equal(joined(two, step), alone["rows"][step]) for step in range(6))
+    assert two[0]["counts"] == two[1]["counts"] == alone["counts"]
+    assert all(torch.equal(two[0]["weights"][k], v) for k, v in two[1]["weights"].items())
+    if plugin == "meta_tokens":
+        for name, weight in two[0]["weights"].items():
+            torch.testing.assert_close(weight, alone["weights"][name], rtol=0, atol=2e-5)
+    saved = str(folder / f"{plugin}-{where}" / "checkpoint-3")
+    resumed = launch(folder, f"{plugin}-again-{where}", where, plugins=plugins, resume_from=saved)
+    for rank in (0, 1):
+        assert all(torch.equal(resumed[rank]["weights"][k], v) for k, v in two[rank]["weights"].items())
+        assert resumed[rank]["counts"] == two[rank]["counts"] and resumed[rank]["log"] == two[rank]["log"]
+
+
+def test_meta_tokens_refuse_a_model_that_is_sharded_already(folder: Path) -> None:
+    done = start(folder, "meta-fsdp2", "fsdp2", plugins=["meta_tokens"])
+    assert done.returncode != 0 and "what is put into a model that is sharded already would not be" in done.stderr
+
+
 DOCUMENTS = ["metadata", "replay-documents"]
 
 

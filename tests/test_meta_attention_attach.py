@@ -393,6 +393,49 @@ def test_misuse_is_named() -> None:
         detach_meta_attention(tiny.model())
 
 
+def test_a_pass_that_fails_leaves_nothing_behind() -> None:
+    model, tokens = build("Llama"), ids(1, 8, at=(2, 5))
+    passes = attached(model).passes  # type: ignore[union-attr]
+    with torch.no_grad():
+        cache = model(tokens, use_cache=True).past_key_values
+        expected = copy.deepcopy(cache)
+        head = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+        norm = model.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+        for hook in (norm, head):
+            with pytest.raises(ZeroDivisionError):
+                model(tokens, meta_positions=torch.tensor([[2]]))
+            assert passes.context is None and passes.memory is None and not passes.given
+            hook.remove()
+        step = torch.tensor([[META, 7]])
+        made = model(step, past_key_values=cache).logits
+        assert torch.equal(made, model(step, past_key_values=expected).logits)
+
+
+def test_training_through_a_cache_is_refused() -> None:
+    model, tokens = build("Llama").train(), ids(1, 8, at=(2, 5))
+    with torch.no_grad():
+        cache = model.eval()(tokens, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values holds 8 tokens in training"):
+        model.train()(tokens[:, :1], past_key_values=cache)
+
+
+def test_tuples_carry_the_cache_too() -> None:
+    model, tokens = build("Llama"), ids(1, 10)
+    with torch.no_grad():
+        whole = model(tokens, use_cache=False).logits
+        cache = model.model(tokens[:, :8], use_cache=True, return_dict=False)[1]
+        made = model(tokens[:, 8:], past_key_values=cache, return_dict=False)[0]
+    assert torch.allclose(made, whole[:, 8:], atol=2e-6)
+
+
+def test_wrappers_are_looked_through() -> None:
+    model = tiny.model()
+    compiled = torch.compile(model)
+    assert attached(compiled) is None
+    attach_meta_attention(compiled, MetaAttentionConfig(token_id=META))
+    assert attached(compiled) is attached(model) is not None
+
+
 def test_the_token_is_added_with_its_row() -> None:
     model, tokenizer = tiny.model(), tiny.tokenizer()
     assert len(tokenizer) < 64

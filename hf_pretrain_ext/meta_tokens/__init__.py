@@ -1,6 +1,7 @@
 """Learned meta-tokens with meta-attention, for any decoder (arXiv 2509.16278).
 
 config        the settings
+probe         one forward pass that is listened to
 places        where in a layer meta-attention joins, read off one forward pass
 attention     the sub-layer, on gathered meta positions
 layers        a decoder layer with it, and what happens at each forward pass

@@ -65,7 +65,7 @@ class MetaTokens:
         beside = (
             "after self-attention, before the feed-forward"
             if kinds == ["sequential"]
-            else ("beside self-attention and feed-forward, which the layers compute in parallel")
+            else "beside self-attention and feed-forward, which the layers compute in parallel"
         )
         if any(site.rotary is not None for site in self.sites):
             turned = "rotated as the model's own queries and keys"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_pretrain_ext.meta_tokens.attach import required, unwrapped
 from hf_pretrain_ext.meta_tokens.attention import positions_of
 from hf_pretrain_ext.meta_tokens.places import survey
-from hf_pretrain_ext.rng import rng_guard
+from hf_pretrain_ext.meta_tokens.probe import quiet
 from hf_pretrain_ext.values import shown
 
 __all__ = [
@@ -91,18 +91,6 @@ class EntropyFigures:
         return self.entropy_without_at_meta - self.entropy_with_at_meta
 
 
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad(), rng_guard():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _checked(model: Any, input_ids: Any, attention_mask: Any) -> tuple[Any, Tensor, Tensor]:
     """The model unwrapped, and ids and mask of equal shape."""
     required(model)
@@ -157,7 +145,7 @@ def attention_figures(model: Any, input_ids: Tensor, attention_mask: Tensor | No
 
     handles = [site.attention.register_forward_pre_hook(keep) for site in tokens.sites]
     try:
-        with _quiet(inner), _eager(inner) as visible:
+        with quiet(inner, training=False), _eager(inner) as visible:
             more = {"output_attentions": True} if visible else {}
             found = inner(input_ids=ids, attention_mask=mask, use_cache=False, **more)
     finally:
@@ -235,7 +223,7 @@ def entropy_figures(model: Any, input_ids: Tensor, attention_mask: Tensor | None
         plain = row[row != number]
         if not len(text):
             continue
-        with _quiet(inner):
+        with quiet(inner, training=False):
             with_meta = inner(input_ids=row[None], use_cache=False).logits[0, text - 1].float()
             without = inner(input_ids=plain[None], use_cache=False).logits[0, :-1].float()
         measured = torch.stack([_measure(logits, row[text], number) for logits in (with_meta, without)])

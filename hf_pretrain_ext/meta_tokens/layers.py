@@ -52,18 +52,17 @@ class Passes:
         self.parameters = list(inspect.signature(decoder.forward).parameters)
         self.given: dict[str, Any] = {}
         self.context: MetaContext | None = None
-        self.length = 0
-        self.memory: MetaMemory | None = None
+        self.memory: MetaMemory | None = None  # of a pass that was given no cache, for the one that it returns
 
     def listen(self, model: nn.Module, decoder: nn.Module) -> list[Any]:
         """Registers the hooks; returns their handles."""
         handles = [
             decoder.register_forward_pre_hook(self.enter_decoder, with_kwargs=True),
-            decoder.register_forward_hook(self.leave_decoder),
+            decoder.register_forward_hook(self.leave_decoder, always_call=True),
         ]
         if model is not decoder:
             handles.append(model.register_forward_pre_hook(self.enter_model, with_kwargs=True))
-            handles.append(model.register_forward_hook(self.leave_model))
+            handles.append(model.register_forward_hook(self.leave_model, always_call=True))
         return handles
 
     def enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -86,13 +85,16 @@ class Passes:
     def leave_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the layers: a cache that the model made itself takes the memory along."""
         memory, self.memory, self.context = self.memory, None, None
-        cache = getattr(output, "past_key_values", None)
-        if memory is not None and cache is not None:
+        if memory is None:
+            return
+        made = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
+        cache = next((each for each in made if hasattr(each, "get_seq_length")), None)
+        if cache is not None:
             hang_memory(cache, memory)
 
     def _context(self, module: nn.Module, call: dict[str, Any], given: dict[str, Any]) -> MetaContext:
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        batch, self.length = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
+        batch, length = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
         ids = given.get("input_ids") if ids is None else ids
         memory, past = self._memory(module, call)
         positions, documents = given.get(POSITIONS), given.get(DOCUMENTS)
@@ -112,19 +114,24 @@ class Passes:
         order = call.get("position_ids")
         if documents is None and not past and isinstance(order, Tensor) and order.dim() == 2 and positions.shape[1]:
             documents = documents_of(order, positions)
-        return meta_context(positions, self.length, documents, memory, past)
+        return meta_context(positions, length, documents, memory, past)
 
     def _memory(self, module: nn.Module, call: dict[str, Any]) -> tuple[MetaMemory | None, int]:
         """The memory of this pass, if it can have a cache, and the tokens before it."""
         cache, wanted = call.get("past_key_values"), call.get("use_cache")
-        wanted = getattr(self.config, "use_cache", False) if wanted is None else wanted
+        past = 0 if cache is None else int(cache.get_seq_length())
         if module.training and torch.is_grad_enabled():
-            return None, 0  # Checkpointed layers run twice, and would enter their keys twice.
-        if cache is None:
-            self.memory = MetaMemory() if wanted else None
-            return self.memory, 0
-        past = int(cache.get_seq_length())
-        return memory_of(cache, past), past
+            if past:
+                raise ValueError(
+                    f"past_key_values holds {past} tokens in training, where meta-attention keeps nothing from one "
+                    "pass to the next. Train on whole rows, or call model.eval()"
+                )
+            return None, 0
+        if cache is not None:
+            return memory_of(cache, past), past
+        wanted = getattr(self.config, "use_cache", False) if wanted is None else wanted
+        self.memory = MetaMemory() if wanted else None
+        return self.memory, 0
 
 
 def _check(positions: Any, documents: Any, batch: int) -> None:

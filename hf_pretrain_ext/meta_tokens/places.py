@@ -8,22 +8,17 @@ added, what the layer returns. Meta-attention is to be added there: the child re
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hf_pretrain_ext.meta_tokens.attention import Layout
-from hf_pretrain_ext.rng import rng_guard
-from hf_pretrain_ext.values import reason, shown
+from hf_pretrain_ext.meta_tokens.probe import Call, LayerRecord, probe
+from hf_pretrain_ext.values import shown
 
 __all__ = ["HINTS", "Hint", "MetaPlace", "Rotary", "Survey", "drops_after", "survey"]
-
-LENGTH = 12
-"""Tokens of a probe row: enough for attention to mix, and for cosines to differ."""
 
 
 @dataclass(frozen=True)
@@ -92,29 +87,6 @@ class Survey:
     hidden_size: int
 
 
-@dataclass
-class _Call:
-    """One call of a child: first tensor that it was given, first that it returned, in the order of the layer."""
-
-    name: str
-    module: nn.Module
-    given: Tensor | None
-    returned: Tensor | None
-    tupled: bool
-
-
-@dataclass
-class _Record:
-    """What one layer did in the probe."""
-
-    given: Tensor | None = None
-    returned: Tensor | None = None
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    calls: list[_Call] = field(default_factory=list)
-    times: int = 0
-
-
 def survey(model: Any) -> Survey:
     """
     The places in every layer of a decoder, from one forward pass of three short rows.
@@ -141,8 +113,8 @@ def survey(model: Any) -> Survey:
             f"{name} has no list of {getattr(text, 'num_hidden_layers', None)} layers, which meta-attention is put "
             "into. Take a decoder-only model of transformers"
         )
-    records: dict[nn.ModuleList, list[_Record]] = {layers: [_Record() for _ in layers] for layers in lists}
-    outputs = _probe(model, records)
+    records: dict[nn.ModuleList, list[LayerRecord]] = {layers: [LayerRecord() for _ in layers] for layers in lists}
+    outputs = probe(model, records)
     layers = next((each for each in lists if all(record.times == 1 for record in records[each])), None)
     if layers is None:
         raise ValueError(f"the layers of {name} are not each called once in a pass, so residuals cannot be followed")
@@ -165,8 +137,8 @@ def drops_after(model: Any, found: Survey) -> bool:
     Then the output of meta-attention is dropped there with it, and must not be dropped before. Told by a pass in
     training mode, in which what the next child is given is no longer x + c·o.
     """
-    records = [_Record() for _ in found.layers]
-    _probe(model, {found.layers: records}, training=True)
+    records = [LayerRecord() for _ in found.layers]
+    probe(model, {found.layers: records}, training=True)
     for place, record in zip(found.places, records, strict=True):
         if place.adds_residual or record.given is None or record.returned is None:
             continue  # Its sum is formed inside the child; or the layer was left out (LayerDrop).
@@ -186,98 +158,6 @@ def _layer_lists(model: nn.Module, number: int | None) -> list[nn.ModuleList]:
 def _numbers(config: Any) -> list[float]:
     """The floats of a config: a multiplier of the residual is one of them, more exact than what is measured."""
     return [value for value in config.to_dict().values() if isinstance(value, float) and value]
-
-
-def _probe(model: Any, records: dict[nn.ModuleList, list[_Record]], training: bool = False) -> Any:
-    """Runs three rows: the second differs from the first in its first token, the third in its last."""
-    config = model.config.get_text_config(decoder=True)
-    vocabulary = int(getattr(config, "vocab_size", 0) or 0)
-    if vocabulary < 4:
-        raise ValueError(f"{type(model).__name__} has a vocabulary of {vocabulary}: too few tokens to probe it with")
-    ids = torch.randint(0, vocabulary, (1, LENGTH), generator=torch.Generator().manual_seed(0)).repeat(3, 1)
-    # A padding token may be left out of attention, and a row has to differ in what is seen.
-    pad = getattr(config, "pad_token_id", None)
-    ids[ids == pad] = next(number for number in range(4) if number != pad)
-    for row, column in ((1, 0), (2, LENGTH - 1)):
-        ids[row, column] = next(number for number in range(4) if number not in (pad, int(ids[0, column])))
-    handles = [
-        handle
-        for layers, found in records.items()
-        for layer, record in zip(layers, found, strict=True)
-        for handle in _listen(layer, record)
-    ]
-    try:
-        with _quiet(model, training):
-            return model(input_ids=ids.to(_device(model)), use_cache=not training)
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} could not be probed: a forward pass of {LENGTH} tokens failed with "
-            f"{reason(error)}. Attach meta-attention to a whole model, before it is sharded or compiled"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _device(model: Any) -> torch.device:
-    table = model.get_input_embeddings()
-    return table.weight.device if table is not None else next(model.parameters()).device
-
-
-@contextmanager
-def _quiet(model: nn.Module, training: bool) -> Iterator[None]:
-    """One mode, no gradients, no autocast; modes and random state come back."""
-    modes = [(module, module.training) for module in model.modules()]
-    kind = next(model.parameters()).device.type
-    try:
-        model.train(training)
-        with torch.no_grad(), rng_guard(), torch.autocast(kind, enabled=False):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _listen(layer: nn.Module, record: _Record) -> Iterator[Any]:
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        record.given, record.args, record.kwargs = _copy(_first(args, kwargs)), args, kwargs
-
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        record.returned, record.times = _copy(_first_of(output)), record.times + 1
-
-    yield layer.register_forward_pre_hook(before, with_kwargs=True)
-    yield layer.register_forward_hook(after, with_kwargs=True)
-    for name, child in layer.named_children():
-        yield from _overhear(name, child, record)
-
-
-def _overhear(name: str, child: nn.Module, record: _Record) -> Iterator[Any]:
-    waiting: list[Tensor | None] = []
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Copies: Falcon adds to the feed-forward's output in place.
-        waiting.append(_copy(_first(args, kwargs)))
-
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call = _Call(name, child, waiting.pop(), _copy(_first_of(output)), isinstance(output, tuple))
-        record.calls.append(call)
-
-    yield child.register_forward_pre_hook(before, with_kwargs=True)
-    yield child.register_forward_hook(after, with_kwargs=True)
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    given = [*args, *(kwargs[name] for name in ("hidden_states", "x") if name in kwargs)]
-    return next((value for value in given if isinstance(value, Tensor) and value.is_floating_point()), None)
-
-
-def _first_of(output: Any) -> Tensor | None:
-    first = output[0] if isinstance(output, tuple) and output else output
-    return first if isinstance(first, Tensor) and first.is_floating_point() else None
-
-
-def _copy(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
 
 
 def _check_kind(name: str, outputs: Any) -> None:
@@ -314,7 +194,7 @@ def _place(
     name: str,
     number: int,
     layer: nn.Module,
-    record: _Record,
+    record: LayerRecord,
     hint: Hint | None,
     scales: list[float],
     first: MetaPlace | None,
@@ -351,7 +231,7 @@ _ADVICE = (
 )
 
 
-def _single(calls: list[_Call], shape: torch.Size) -> list[_Call]:
+def _single(calls: list[Call], shape: torch.Size) -> list[Call]:
     """Calls that return a residual's shape, by modules that are called once: a hook on others would act twice."""
     names = [call.name for call in calls]
     return [
@@ -362,8 +242,8 @@ def _single(calls: list[_Call], shape: torch.Size) -> list[_Call]:
 
 
 def _sequential(
-    record: _Record, given: Tensor, scales: list[float], known: str | None = None
-) -> tuple[_Call, float] | None:
+    record: LayerRecord, given: Tensor, scales: list[float], known: str | None = None
+) -> tuple[Call, float] | None:
     """The last child whose output o makes x + c·o of what a later child is given, and c.
 
     A sum that comes out to the last bit is taken before one that only fits: a norm's output, too, is nearly the
@@ -389,8 +269,8 @@ def _sequential(
 
 
 def _parallel(
-    record: _Record, given: Tensor, returned: Tensor, scales: list[float], known: str | None
-) -> tuple[_Call, float] | None:
+    record: LayerRecord, given: Tensor, returned: Tensor, scales: list[float], known: str | None
+) -> tuple[Call, float] | None:
     """The child that mixes positions and whose output o makes x + c·o + d·f of what the layer returns, and c."""
     candidates = _single(record.calls, given.shape)
     mixing = [call for call in candidates if (call.name == known if known else _mixes(call, given))]
@@ -404,7 +284,7 @@ def _parallel(
     return None
 
 
-def _mixes(call: _Call, given: Tensor) -> bool:
+def _mixes(call: Call, given: Tensor) -> bool:
     """Whether a child of the first layer lets the first token change what stands at others."""
     made = call.returned.reshape(given.shape) if call.returned is not None else given
     return bool((made[0, 1:-1] - made[1, 1:-1]).abs().max() > 1e-6 * made.abs().max())
@@ -434,7 +314,7 @@ def _exact(value: float, scales: list[float], bound: float) -> float:
     return min(near, key=lambda scale: abs(value - scale)) if near else value
 
 
-def _norm(calls: list[_Call]) -> tuple[Literal["layernorm", "rmsnorm"], float]:
+def _norm(calls: list[Call]) -> tuple[Literal["layernorm", "rmsnorm"], float]:
     """Kind and epsilon of the layer's first norm: what does not change when its input is scaled."""
     for call in calls:
         if call.given is None or call.returned is None or call.given.shape != call.returned.shape:
@@ -454,7 +334,7 @@ def _norm(calls: list[_Call]) -> tuple[Literal["layernorm", "rmsnorm"], float]:
     return "layernorm", 1e-5
 
 
-def _rotary(child: nn.Module, record: _Record) -> Rotary | None:
+def _rotary(child: nn.Module, record: LayerRecord) -> Rotary | None:
     """Where a layer has its cosines from: an argument that is a pair with cos² + sin² constant, or a table."""
     arguments: list[tuple[str | int, Any]] = [*enumerate(record.args), *record.kwargs.items()]
     for argument, value in arguments:

@@ -113,6 +113,7 @@ def _sections(records: list[RunRecord]) -> list[Any]:
     parts = (
         *(sections.glance, sections.what_was_run, sections.plan, sections.rates, sections.losses, mixture.mixture),
         documents.documents,  # only where there were raw documents
+        sections.life,  # only where stages came before
         *(outcomes.forgetting, outcomes.events, outcomes.environment, outcomes.unknown),
     )
     with style():

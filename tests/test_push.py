@@ -1,0 +1,151 @@
+"""Pushing to a Hub on loopback by the real client, in processes of their own: card, checkpoints, breaks, tokens."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, snapshot_download
+from loopback_hub import Hub
+
+from hf_pretrain_ext.checkpoint import find_faults
+from hf_pretrain_ext.hub_card import BEGIN
+
+TRAIN = """
+import sys
+sys.path.insert(0, {tests!r})
+import tiny
+from hf_pretrain_ext import extend
+from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
+
+plugins = [
+    RewarmCallback(peak_lr=1e-2, warmup=2),
+    ReplayCallback(tiny.rows(20, seed=3), ratio=0.25),
+    ForgettingCallback({{"old": tiny.rows(8, seed=3)}}),
+]
+trainer = extend(
+    tiny.trainer(
+        {folder!r}, *plugins, save_strategy="steps", save_steps=3, push_to_hub=True, hub_model_id="me/toy",
+        hub_strategy="all_checkpoints", hub_always_push=True, hub_token={token!r}, logging_steps=1,
+    )
+)
+trainer.train()
+trainer.push_to_hub(license="mit")
+"""
+
+PUSH = """
+from huggingface_hub import HfApi
+print(HfApi().upload_folder(repo_id="me/toy", folder_path={folder!r}, ignore_patterns=["checkpoint-*"]).oid)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with Hub() as started:
+        yield started
+
+
+def run(script: str, hub: Hub, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    given = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": hub.token}
+    environment = {
+        **kept,
+        **given,
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        **variables,
+    }
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def pushed(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("pushed")
+    script = TRAIN.format(tests=str(Path(__file__).parent), folder=str(folder / "out"), token=hub.token)
+    done = run(script, hub, folder / "home")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done
+
+
+def test_the_card_goes_along(hub: Hub, pushed: Any) -> None:
+    card = ModelCard(hub.files["me/toy"]["README.md"].decode())
+    assert card.content.count(BEGIN) == 1 and "### What was learned and forgotten" in card.content
+    assert card.data.license == "mit" and {"hf-pretrain-ext", "replay"} <= set(card.data.tags)
+    for figure in ("plan.png", "forgetting.png"):
+        assert hub.files["me/toy"][f"continued_pretraining/{figure}"].startswith(b"\x89PNG")
+
+
+def test_a_pushed_checkpoint_verifies_after_download(hub: Hub, pushed: Any, tmp_path: Path) -> None:
+    """With the real client, by another process's cache; then as a resume would look at it."""
+    script = f"""
+from huggingface_hub import snapshot_download
+print(snapshot_download("me/toy", local_dir={str(tmp_path / "down")!r}))
+"""
+    done = run(script, hub, tmp_path / "home")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for step in (3, 6):
+        there = tmp_path / "down" / f"checkpoint-{step}"
+        assert (there / "hf_pretrain_ext" / "manifest.json").is_file()
+        assert find_faults(there) == []
+    (there / "hf_pretrain_ext" / "state.json").write_text("{}")
+    assert find_faults(there) != []
+    assert callable(snapshot_download)
+
+
+def test_the_token_is_nowhere(hub: Hub, pushed: Any) -> None:
+    folder, done = pushed
+    assert hub.token not in done.stdout + done.stderr
+    written = [path for path in (folder / "out").rglob("*") if path.is_file()]
+    assert any(path.name == "trace.jsonl" for path in written)
+    for path in written:
+        if path.name != "training_args.bin":
+            assert hub.token.encode() not in path.read_bytes(), path
+    for name, data in hub.files["me/toy"].items():
+        if not name.endswith("training_args.bin"):
+            assert hub.token.encode() not in data, name
+    # The host pickles its arguments with the token among them, and pushes them: we say so before training.
+    assert hub.token.encode() in hub.files["me/toy"]["training_args.bin"]
+    assert "hub_token: the host writes it, readable, into training_args.bin, which it pushes" in done.stderr
+
+
+def test_an_interrupted_push_is_taken_up_again(hub: Hub, pushed: Any, tmp_path: Path) -> None:
+    """The connection breaks in the middle of a large file; nothing is committed half; what is up there stays."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"part-{number}.bin").write_bytes(os.urandom(20_000))
+    before, commits = dict(hub.files["me/toy"]), len(hub.commits)
+    hub.uploads, hub.break_after = 0, 1
+    script = PUSH.format(folder=str(folder))
+    broken = """
+import huggingface_hub.utils._http as http
+import huggingface_hub.lfs as lfs
+real = http.http_backoff
+def once(*args, **kwargs):
+    return real(*args, **{**kwargs, "max_retries": 0})
+lfs.http_backoff = once
+"""
+    first = run(broken + script, hub, tmp_path / "home")
+    assert first.returncode != 0 and hub.token not in first.stderr
+    assert len(hub.commits) == commits and hub.files["me/toy"] == before
+    kept, hub.uploads = len(hub.objects), 0
+    second = run(script, hub, tmp_path / "home")
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert hub.uploads < 3 or kept == 0
+    for number in range(3):
+        assert hub.files["me/toy"][f"part-{number}.bin"] == (folder / f"part-{number}.bin").read_bytes()
+
+
+def test_a_wrong_token_is_an_error_that_does_not_show_it(hub: Hub, tmp_path: Path) -> None:
+    wrong = "hf_" + "WrongToken" * 3
+    script = TRAIN.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "out"), token=wrong)
+    done = run(script, hub, tmp_path / "home", HF_TOKEN=wrong)
+    assert done.returncode != 0
+    assert "401" in done.stderr or "Invalid" in done.stderr
+    assert wrong not in done.stdout + done.stderr

@@ -257,7 +257,8 @@ class MetaTokensCallback(TrainerPlugin):
                 "from_pretrained leaves it out",
                 "Call load_meta_tokens(model, folder) before making the Trainer.",
             )
-        if self.config.attention and self._surveyed is not model:
+        sharded = _host.sharding(setup.trainer).startswith("fsdp")  # refused, and not to be probed
+        if self.config.attention and self._surveyed is not model and not sharded:
             try:
                 survey(model)
                 self._surveyed = model

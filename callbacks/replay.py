@@ -175,9 +175,21 @@ class ReplayCallback(TrainerPlugin):
             fix = "Call continue_from(trainer, checkpoint) before train()."
             yield Problem(self.name, "from_history=True knows of no earlier stage yet", fix, level="note")
             return
-        problems = past.find(setup.beginning, self.config.weights, identified(setup.train_dataset))
-        self.datasets = dict(past.datasets)
-        for message, fix, fatal in problems:
+        training = identified(setup.train_dataset)
+        if self.datasets and past.found_for == (setup.trainer, setup.beginning, training):
+            return
+        self.datasets = {}
+        problems = [problem for name, given in past.given.items() for problem in self._check_kind(name, given)]
+        yield from problems
+        if problems:
+            return
+        # What an earlier stage read from files was prepared then.
+        prepared = {name: setup.prepare(given, name) for name, given in past.given.items()}
+        findings = past.find(setup.beginning, self.config.weights, prepared, training)
+        if not any(fatal for _, _, fatal in findings):
+            self.datasets = dict(past.datasets)
+            past.found_for = (setup.trainer, setup.beginning, training)
+        for message, fix, fatal in findings:
             yield Problem(self.name, message, fix, level="error" if fatal else "note")
 
     def _what(self, name: str) -> str:
@@ -353,19 +365,14 @@ class ReplayCallback(TrainerPlugin):
     # The plan
 
     def _data(self, setup: Setup) -> dict[str, Any]:
-        if self.past is not None and not self.past.found_for(setup.beginning):
-            errors = [p for p in self._check_history(setup, self.past) if p.level == "error" or not self.datasets]
-            if errors:
-                raise PluginError(errors)
-        key = (setup.trainer, self.past.beginning if self.past is not None else None)
-        if not self._prepared or self._prepared_for[0] is not key[0] or self._prepared_for[1] is not key[1]:
-            reopened = self.past.reopened if self.past is not None else ()
-            # What an earlier stage read was prepared then.
-            self._prepared = {
-                name: dataset if name in reopened else setup.prepare(dataset, name)
-                for name, dataset in self.datasets.items()
-            }
-            self._prepared_for = key
+        if self.past is not None:
+            problems = list(self._check_history(setup, self.past))
+            if not self.datasets:
+                raise PluginError(problems)
+            return self.datasets
+        if not self._prepared or self._prepared_for is not setup.trainer:
+            self._prepared = {name: setup.prepare(dataset, name) for name, dataset in self.datasets.items()}
+            self._prepared_for = setup.trainer
         return self._prepared
 
     def training_data(self, setup: Setup) -> dict[str, Any]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hf_pretrain_ext.continuing import anneal, continue_from
     from hf_pretrain_ext.packing import PackedCollator, check_isolation, pack
     from hf_pretrain_ext.plan import SamplePlan, Source
-    from hf_pretrain_ext.plugin import PluginError, Problem, TrainerPlugin
+    from hf_pretrain_ext.plugin import PluginError, Problem, Setup, TrainerPlugin
     from hf_pretrain_ext.stages import read_stages
     from hf_pretrain_ext.trace import read_trace
     from hf_pretrain_ext.trainer import PlanConfig, PluginTrainerMixin, extend
@@ -26,6 +26,7 @@ __all__ = [
     "PluginTrainerMixin",
     "Problem",
     "SamplePlan",
+    "Setup",
     "Source",
     "TrainerPlugin",
     "__version__",
@@ -45,6 +46,7 @@ _HOMES = {
     "PluginTrainerMixin": "trainer",
     "Problem": "plugin",
     "SamplePlan": "plan",
+    "Setup": "plugin",
     "Source": "plan",
     "TrainerPlugin": "plugin",
     "anneal": "continuing",

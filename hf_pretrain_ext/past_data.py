@@ -23,61 +23,60 @@ class ReplayedHistory:
 
     Attributes:
         datasets: rows by source, once [`find`](ReplayedHistory.find) was called.
-        reopened: names of those that were opened from their files.
         weights: by source, in tokens seen; in samples where tokens of one are not known (then `in_tokens` is False).
-        beginning: the beginning of a stage that they are those for.
+        found_for: for its user, to say what they were found for.
     """
 
     def __init__(self, given: dict[str, Any]):
         self.given = given
         self.datasets: dict[str, Any] = {}
-        self.reopened: frozenset[str] = frozenset()
         self.weights: dict[str, float] = {}
         self.in_tokens = True
-        self.beginning: Beginning | None = None
+        self.found_for: Any = None
 
-    def found_for(self, beginning: Beginning) -> bool:
-        return self.beginning is beginning and bool(self.datasets)
-
-    def find(self, beginning: Beginning, weights: Any = None, training: str | None = None) -> list[Finding]:
+    def find(
+        self,
+        beginning: Beginning,
+        weights: Any = None,
+        prepared: Mapping[str, Any] | None = None,
+        training: str | None = None,
+    ) -> list[Finding]:
         """Looks for the rows of every source; nothing is read but a sample of those that are opened from files.
 
         Args:
             beginning ([`~hf_pretrain_ext.stages.Beginning`]): of the stage that replays.
             weights (`dict[str, float]`, *optional*): by source, in place of the tokens seen.
+            prepared (`dict[str, dataset]`, *optional*): `given`, as they are trained on.
             training (`str`, *optional*): fingerprint of the training data: what is read anyway is not replayed too.
         """
+        given = self.given if prepared is None else prepared
         life = life_of(beginning.history)
-        again = [name for name, source in life.items() if training is not None and source.fingerprint == training]
-        for name in again:
-            del life[name]
         unknown = [stage.name for stage in beginning.history if stage.kind == "unknown"]
+        again = [name for name, source in life.items() if training is not None and source.fingerprint == training]
         findings = [
             (f"{name!r} is the training data itself and is not replayed beside it", "Nothing has to be done.", False)
             for name in again
         ]
         findings += self._misnamed(life, unknown)
-        opened: dict[str, Any] = {}
+        for name in again:
+            del life[name]
+        found: dict[str, Any] = {}
         lost: list[tuple[LifeSource, str]] = []
         for name, source in life.items():
-            if name in self.given:
-                findings += self._stand_in(source)
+            if name in given:
+                found[name] = given[name]
+                findings += _stand_in(source, given[name])
                 continue
             try:
-                opened[name] = _reopened(source)
+                found[name] = _reopened(source)
             except ValueError as error:
                 lost.append((source, str(error)))
-        if lost:
-            findings.append(_lost(lost))
+        findings += [_lost(lost)] if lost else []
         findings += self._base(unknown)
-        order = [*life, *(name for name in unknown if name in self.given)]
-        self.datasets = {name: opened.get(name, self.given.get(name)) for name in order if name not in _names(lost)}
-        self.reopened = frozenset(opened)
-        findings += self._weigh(life, weights)
-        self.beginning = None if any(fatal for _, _, fatal in findings) else beginning
+        self.datasets = {**found, **{name: given[name] for name in unknown if name in given}}
         if not self.datasets and not lost:
             findings.append(("found nothing that earlier stages read", "Pass old data as `dataset`.", True))
-        return findings
+        return [*findings, *self._weigh(life, weights)]
 
     def _misnamed(self, life: Mapping[str, LifeSource], unknown: list[str]) -> Iterator[Finding]:
         for name in self.given:
@@ -87,15 +86,6 @@ class ReplayedHistory:
                     f"Their sources are {[*unknown, *life]}.",
                     True,
                 )
-
-    def _stand_in(self, source: LifeSource) -> Iterator[Finding]:
-        found = identified(self.given[source.name])
-        if found is not None and source.fingerprint is not None and found != source.fingerprint:
-            yield (
-                f"data[{source.name!r}] has other rows than stage {source.stages[0]!r} read",
-                "That is as it should be for rows that stand in for them, or that are still to be tokenized.",
-                False,
-            )
 
     def _base(self, unknown: list[str]) -> Iterator[Finding]:
         for name in unknown:
@@ -140,8 +130,14 @@ class ReplayedHistory:
                 )
 
 
-def _names(lost: list[tuple[LifeSource, str]]) -> set[str]:
-    return {source.name for source, _ in lost}
+def _stand_in(source: LifeSource, dataset: Any) -> Iterator[Finding]:
+    found = identified(dataset)
+    if found is not None and source.fingerprint is not None and found != source.fingerprint:
+        yield (
+            f"data[{source.name!r}] has other rows than stage {source.stages[0]!r} read",
+            "That is as it should be for rows that stand in for them.",
+            False,
+        )
 
 
 def _reopened(source: LifeSource) -> Any:

@@ -59,6 +59,9 @@ CASES = [
     Case(("replay-tokens", "forgetting"), (4,), {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2}),
     Case(("replay-stream",), (1, 13), {**EPOCHS, "dataloader_num_workers": 2}, rows=37),
     Case(("gradnormlorp",), (1, 4)),
+    Case(("l2_init", "reptile"), (3,), {"gradient_accumulation_steps": 2}),
+    Case(("self_distillation", "gradnormlorp-dora"), (2, 12), EPOCHS),
+    Case(("self_distillation-features", "l2_init"), (1, 4), {"bf16": True, "gradient_accumulation_steps": 2}),
     Case(("buffer",), (2, 4), {"dataloader_num_workers": 2}),
     Case(("buffer", "replay-stream"), (3, 12), EPOCHS),
     # In the middle of an interval, and at its end.

@@ -14,11 +14,13 @@ from hf_pretrain_ext.callbacks import (
     BufferCallback,
     ForgettingCallback,
     GradNormLoRPCallback,
+    L2InitCallback,
     MetadataCallback,
     MetaTokensCallback,
     ReplayCallback,
     ReptileCallback,
     RewarmCallback,
+    SelfDistillationCallback,
 )
 from hf_pretrain_ext.metadata import ControlTokens
 
@@ -294,6 +296,27 @@ ROWS = [
     Row("meta_tokens-row", make=lambda: meta_tokens(attention=False, train="meta"), trainer=full_tokenizer),
     Row("meta_tokens-meta", make=lambda: meta_tokens(train="meta", length="fixed"), trainer=full_tokenizer),
     Row("meta_tokens-lora", make=lambda: meta_tokens(train="meta"), trainer=adapted),
+    Row(
+        "l2_init",
+        make=lambda: L2InitCallback(strength=2.0),
+        neutral=lambda: L2InitCallback(strength=0, allow_no_effect=True),
+        varied=(lambda: L2InitCallback(strength=3.0),),
+    ),
+    Row(
+        "self_distillation",
+        make=lambda: SelfDistillationCallback(weight=2.0),
+        neutral=lambda: SelfDistillationCallback(weight=0, allow_no_effect=True),
+        varied=(
+            lambda: SelfDistillationCallback(weight=1.0),
+            lambda: SelfDistillationCallback(weight=2.0, match="features"),
+            lambda: SelfDistillationCallback(weight=2.0, teacher=tiny.model(seed=5)),
+        ),
+    ),
+    Row(
+        "self_distillation-features",
+        make=lambda: SelfDistillationCallback(match="features"),
+        varied=(lambda: SelfDistillationCallback(match="features", weight=0.5),),
+    ),
     Row("buffer", make=lambda: BufferCallback(max_bytes="1 MiB"), observer=True),
     Row("forgetting", make=lambda: ForgettingCallback({"old": tiny.rows(10, seed=9)}, every=2), observer=True),
 ]

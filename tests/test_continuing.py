@@ -408,12 +408,22 @@ def test_rows_that_stand_in(english: Path, tmp_path: Path, capsys: pytest.Captur
     second = new_stage(tmp_path / "two", infinite(), stand_in, **SAVES)
     continue_from(second, last(english), name="german").train()
     assert "data['stage-1'] has other rows than stage 'stage-1' read" in capsys.readouterr().err
+    german = {"german": tiny.rows(40, seed=8)}
     third = new_stage(
-        tmp_path / "three", infinite(), ReplayCallback(from_history=True, ratio=0.5, data={"german": tiny.rows(40)})
+        tmp_path / "three",
+        infinite(),
+        ReplayCallback(from_history=True, ratio=0.5, data=german),
+        data=tiny.rows(40, seed=9),
     )
     continue_from(third, str(tmp_path / "two" / "checkpoint-6"))
     plan = third.plugin_run.build_plan()
     assert plan is not None and plan.shares(0).tolist() == pytest.approx([0.5, 0.5 * 30 / 48, 0.5 * 18 / 48])
+    # What a stage trains on is not replayed beside it, so it needs no rows either.
+    same = new_stage(tmp_path / "four", infinite(), ReplayCallback(from_history=True, ratio=0.5))
+    continue_from(same, str(tmp_path / "two" / "checkpoint-6"))
+    assert "'german' is the training data itself and is not replayed beside it" in capsys.readouterr().err
+    plan = same.plugin_run.build_plan()
+    assert plan is not None and [source.name for source in plan.sources] == ["train", "stage-1"]
 
 
 @pytest.mark.parametrize(
@@ -939,3 +949,65 @@ def test_the_report_shows_the_stages_before(english: Path, tmp_path: Path) -> No
     for words in ("stage-1", "german 75.0%, stage-1 25.0%", "0.0055", "constant"):
         assert words in table
     assert "Stages before" not in report([english / "run"], tmp_path / "one.html").read_text()
+
+
+def test_a_model_of_the_hub(english: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Hub's client puts into its cache is read from there, and the commit is recorded."""
+    commit = "89abcdef" * 5
+    loaded(last(english)).save_pretrained(tmp_path / "snapshots" / commit)
+    asked: list[Any] = []
+
+    def download(name: str, **given: Any) -> str:
+        asked.append((name, given["revision"]))
+        assert not any("bin" in pattern or "pt" in pattern.split(".") for pattern in given["allow_patterns"])
+        return str(tmp_path / "snapshots" / commit)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    stage = continue_from(new_stage(tmp_path / "a"), "org/model", revision="v1")
+    assert asked == [("org/model", "v1")]
+    expected = loaded(last(english)).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tiny.weights(stage).items())
+    stage.train()
+    base = read_stages(tmp_path / "a")[0].base  # type: ignore[index]
+    assert base is not None and (base["path"], base["revision"]) == ("org/model", commit)
+
+
+def test_data_that_the_trainer_prepares_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """TRL: rows that were tokenized in the first stage are opened as they were; raw ones by name give the same."""
+    from trl import SFTConfig, SFTTrainer
+
+    def texts(name: str, seed: int) -> Any:
+        tiny.documents(60, seed=seed).remove_columns("url").save_to_disk(tmp_path / name)
+        return load_from_disk(tmp_path / name)
+
+    def trainer(folder: str, data: Any, *callbacks: Any) -> Trainer:
+        args = SFTConfig(
+            str(tmp_path / folder),
+            max_steps=4,
+            per_device_train_batch_size=2,
+            packing=True,
+            packing_strategy="wrapped",
+            max_length=16,
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_steps=4,
+        )
+        return SFTTrainer(
+            model=tiny.model(),
+            args=args,
+            train_dataset=data,
+            processing_class=tiny.tokenizer(),
+            callbacks=[*callbacks],
+        )
+
+    english, german = texts("english", 1), texts("german", 2)
+    extend(trainer("one", english, RewarmCallback(1e-2, warmup=1))).train()
+    opened = trainer("two", german, ReplayCallback(from_history=True, ratio=0.5))
+    named = trainer("three", german, ReplayCallback(from_history=True, ratio=0.5, data={"stage-1": english}))
+    for stage in (opened, named):
+        continue_from(stage, str(tmp_path / "one" / "checkpoint-4")).train()
+        assert stage.plugin_run.realised()["stage-1"]["samples"] == 4
+    assert tiny.same_weights(opened, named)
+    assert "has other rows" not in capsys.readouterr().err

@@ -274,13 +274,22 @@ def _parallel(
     """The child that mixes positions and whose output o makes x + c·o + d·f of what the layer returns, and c."""
     candidates = _single(record.calls, given.shape)
     mixing = [call for call in candidates if (call.name == known if known else _mixes(call, given))]
-    for attention in reversed(mixing):
-        for other in record.calls:
-            if other is attention or other.returned is None or other.returned.numel() != given.numel():
-                continue
-            multipliers = _solve(returned - given, [attention.returned, other.returned], scales)
-            if multipliers is not None:
-                return attention, multipliers[0]
+    pairs = [
+        (attention, attention.returned.reshape(given.shape), other.returned.reshape(given.shape))
+        for attention in reversed(mixing)
+        for other in record.calls
+        if other is not attention and other.returned is not None and other.returned.numel() == given.numel()
+        if attention.returned is not None
+    ]
+    for attention, own, beside in pairs:
+        if any(
+            torch.equal(returned, sum_) for sum_ in (own + beside + given, given + own + beside, given + beside + own)
+        ):
+            return attention, 1.0
+    for attention, own, beside in pairs:
+        multipliers = _solve(returned - given, [own, beside], scales)
+        if multipliers is not None:
+            return attention, multipliers[0]
     return None
 
 

@@ -9,6 +9,7 @@ DEMO_SCALE ?= quick
 DEMO_ARGS ?=
 PYTEST_WORKERS ?= 2
 KILLS ?= 20
+SCALE ?= full
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -17,7 +18,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quality format test-resume test-distributed deepspeed test-leaks test-kill test-architectures bench build chromium clean
+.PHONY: help install demo test quality format test-resume test-distributed deepspeed test-leaks test-kill test-architectures docs evidence bench build chromium clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +72,13 @@ test-architectures: $(STAMP) ## every plug-in on every family; writes docs/archi
 test-kill: $(STAMP) ## kill runs at random moments: KILLS=20 for each of seven settings
 	KILLS=$(KILLS) $(PYTEST) -s -m kill
 
+docs: $(STAMP) ## the site, into site/, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+evidence: $(STAMP) ## what the methods do to what a model knows; goes on after a kill (SCALE=small: a quarter of an hour)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/continual.py run --scale $(SCALE) --output evidence
+	$(BIN)/python benchmarks/continual.py report --scale $(SCALE) --output evidence
+
 bench: $(STAMP) ## what each plug-in costs per step
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/overhead.py
 
@@ -81,5 +89,5 @@ chromium: ## install the browser that the report's tests look with (Debian, as r
 	apt-get install -y --no-install-recommends chromium
 
 clean: ## remove what the other targets made, except the environment
-	rm -rf build dist demo_output .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist site demo_output .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -path ./.git -prune -o -path './$(VENV)' -prune -o -type d -name __pycache__ -exec rm -rf {} +

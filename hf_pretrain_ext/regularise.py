@@ -219,7 +219,8 @@ def feature_distance(features: Tensor, teacher_features: Tensor, positions: Tens
     >>> float(feature_distance(h, torch.zeros_like(h), torch.tensor([[True, False]])))
     25.0
     """
-    way = features[positions].float() - teacher_features.detach()[positions].float()
+    precise = torch.promote_types(features.dtype, torch.float32)
+    way = features[positions].to(precise) - teacher_features.detach()[positions].to(precise)
     return way.square().sum()
 
 

@@ -79,8 +79,9 @@ class RunStage:
             self.trained = True
         else:
             if self.trained and self.run.trainer.model_init is None:
-                # A second train() goes on from the weights of the first.
-                self.beginning = Beginning(self.life())
+                # A second train() goes on from the weights of the first, and knows as much of what was before.
+                told = self.beginning.told
+                self.beginning = Beginning(self.life(), carry=("weights",) if told else (), told=told)
                 self.load = self.fill = None
             self._started = None
             self.trained = False

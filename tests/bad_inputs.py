@@ -52,12 +52,16 @@ from hf_pretrain_ext import (
     pack,
     read_trace,
 )
+from hf_pretrain_ext.buffer import BufferWriter, ReplayBuffer, ReplayBufferError
 from hf_pretrain_ext.callbacks import (
+    BufferCallback,
     ForgettingCallback,
+    L2InitCallback,
     MetadataCallback,
     MetaTokensCallback,
     ReplayCallback,
     RewarmCallback,
+    SelfDistillationCallback,
 )
 from hf_pretrain_ext.checkpoint import STATE_FOLDER, CheckpointError, read_state, resolve, write_state
 from hf_pretrain_ext.data import sample_rows
@@ -162,6 +166,17 @@ def replay(**kwargs: Any) -> Prepare:
 add(
     "settings",
     ValueError,
+    ("replay None", call(ReplayCallback, None), "dataset is missing: pass old data, or from_history=True in a stage"),
+    (
+        "replay of a history and data",
+        call(ReplayCallback, [1], from_history=True),
+        "dataset and from_history=True are two ways to say what is replayed: pass data={name: ...}",
+    ),
+    (
+        "rewarm that goes on and cannot",
+        call(RewarmCallback, 1e-3, go_on=False),
+        "go_on=False is a setting of the infinite_* schedules; 'cosine' always re-warms",
+    ),
     ("warmup above 1", rewarm(warmup=1.5), f"{LENGTH}, got 1.5: write 1.5 steps as an int"),
     ("warmup negative", rewarm(warmup=-3), f"{LENGTH}, got -3"),
     (
@@ -1272,11 +1287,6 @@ add(
     ("replay of splits", replaying(lambda: DatasetDict(train=old_rows())), "is a DatasetDict, whose rows cannot be"),
     ("replay a path", replaying(lambda: "old.jsonl"), "the replay data is a str, whose rows cannot be looked up by"),
     (
-        "replay None",
-        replaying(lambda: None),
-        "the replay data is a NoneType, whose rows cannot be looked up by number",
-    ),
-    (
         "replay read once",
         replaying(lambda: iter(list(old_rows()))),
         "is a list_iterator, which can be read only once.",
@@ -2383,5 +2393,108 @@ add(
         "boundaries that it does not know",
         inserting(positions="boundaries", boundaries=["¶"]),
         "meta_tokens: boundaries has ['¶'], which the tokenizer does not know as tokens. Look them up",
+    ),
+)
+
+
+# --- what was seen, and staying near the start -------------------------------------------------------
+
+BYTES = 'max_bytes must be a number of bytes, or a string such as "500 MB" or "2 GiB"'
+
+
+def buffered(harm: Callable[[Path], Any] = lambda folder: None, **arguments: Any) -> Prepare:
+    """`extend` with a BufferCallback over a folder that holds a buffer, of which `harm` makes what it will."""
+
+    def prepare(folder: Path) -> Act:
+        with BufferWriter(folder / "seen", 1 << 20) as writer:
+            writer.add([{"input_ids": [1, 2], "labels": [1, 2]}])
+        harm(folder / "seen")
+        settings = {"max_bytes": "1 MiB", **arguments}
+        data = settings.pop("data", new_rows)
+        return partial(extend, tiny.trainer(folder / "output", data=data()), BufferCallback(folder / "seen", **settings))
+
+    return prepare
+
+
+def opening(harm: Callable[[Path], Any]) -> Prepare:
+    def prepare(folder: Path) -> Act:
+        with BufferWriter(folder / "seen", 1 << 20) as writer:
+            writer.add([{"input_ids": [1, 2]}])
+        harm(folder / "seen")
+        return partial(ReplayBuffer.open, folder / "seen")
+
+    return prepare
+
+
+def cut_short(folder: Path) -> None:
+    chunk = next(folder.glob("*.arrow"))
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+
+
+add(
+    "settings",
+    ValueError,
+    ("buffer of no size", call(BufferCallback, max_bytes="some"), f"{BYTES}, got 'some'"),
+    ("buffer too small", call(BufferCallback, max_bytes="10 kB"), f"{BYTES}, from 1 MiB (1048576 bytes) on, got '10 kB'"),
+    ("buffer without a folder", call(BufferCallback, ""), "folder must be the path of a folder, or None, got ''"),
+    ("buffer's seed", call(BufferCallback, seed=0.5), "seed must be an integer"),
+    (
+        "buffer after what",
+        call(BufferCallback, unfinished="ask"),
+        "unfinished must be one of ('error', 'keep', 'drop'), got 'ask'",
+    ),
+    ("pull negative", call(L2InitCallback, -1), "strength must be a number from 0 on, such as 0.1, got -1"),
+    ("pull to a disk", call(L2InitCallback, anchor_device="disk"), "anchor_device must be one of ('weights', 'cpu')"),
+    (
+        "teacher's weight",
+        call(SelfDistillationCallback, "1"),
+        "weight must be a number from 0 on, such as 1.0, got '1'",
+    ),
+    ("teacher's match", call(SelfDistillationCallback, match="cls"), "match must be one of ('kl', 'features')"),
+    (
+        "teacher a number",
+        call(SelfDistillationCallback, teacher=7),
+        "teacher must be a model, or the folder or name of one, got 7",
+    ),
+)
+add(
+    "settings",
+    PluginError,
+    ("buffer of another seed", buffered(seed=3), "of seed 0, got seed=3. Pass seed=0, or another folder"),
+    (
+        "buffer for longer rows",
+        buffered(data=lambda: new_rows(length=4000)),
+        "a row of 48,008 bytes is more than 1/64 of the rows that max_bytes=1,048,576 has room for",
+    ),
+    ("pull of nothing", extending(lambda: L2InitCallback(0)), "would change nothing with strength=0. Raise it, or pass"),
+    (
+        "teacher of nothing",
+        extending(lambda: SelfDistillationCallback(0)),
+        "would change nothing with weight=0. Raise it, or pass allow_no_effect=True",
+    ),
+    (
+        "teacher of another vocabulary",
+        extending(lambda: SelfDistillationCallback(teacher=tiny.model(vocabulary=80))),
+        "the teacher has a vocabulary of 80, the model of 64. Use a teacher of the same vocabulary",
+    ),
+)
+add(
+    "datasets",
+    PluginError,
+    (
+        "buffer whose manifest is another file",
+        buffered(lambda folder: (folder / "buffer.json").write_text("[]")),
+        "buffer.json cannot be read",
+    ),
+)
+add(
+    "datasets",
+    ReplayBufferError,
+    ("no buffer there", lambda folder: partial(ReplayBuffer.open, folder), "holds no replay buffer (no buffer.json)"),
+    ("buffer cut short", opening(cut_short), "bytes instead of"),
+    (
+        "buffer without a chunk",
+        opening(lambda folder: next(folder.glob("*.arrow")).unlink()),
+        "is missing: the replay buffer is damaged. Take the folder from a backup, or use another one",
     ),
 )

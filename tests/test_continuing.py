@@ -371,6 +371,17 @@ def test_what_earlier_stages_read_is_replayed(english: Path, tmp_path: Path) -> 
     assert [stage.name for stage in recorded] == ["stage-1", "german", "code"]
 
 
+def test_a_second_train_of_a_stage_is_one_more(english: Path, tmp_path: Path) -> None:
+    """It knows what the first knew, and of the first: it goes on at the rate and replays what was before."""
+    stage = new_stage(tmp_path, infinite(), ReplayCallback(from_history=True, ratio=0.25))
+    continue_from(stage, last(english), name="german").train()
+    stage.train()
+    assert rates(stage) == [CONST] * 5
+    stages = read_stages(tmp_path)
+    assert stages is not None and [each.name for each in stages] == ["stage-1", "german", "stage-3"]
+    assert [source.name for source in stages[2].sources] == ["stage-3", "stage-1"]  # German is what it trains on
+
+
 def test_rows_that_are_gone_are_one_error_with_the_ways_out(english: Path, tmp_path: Path) -> None:
     folder = tmp_path / "english"
     shutil.copytree(english / "run", folder)
@@ -1011,3 +1022,24 @@ def test_data_that_the_trainer_prepares_itself(tmp_path: Path, capsys: pytest.Ca
         assert stage.plugin_run.realised()["stage-1"]["samples"] == 4
     assert tiny.same_weights(opened, named)
     assert "has other rows" not in capsys.readouterr().err
+
+
+def test_the_history_is_that_of_the_weights_that_were_kept(tmp_path: Path) -> None:
+    """With `load_best_model_at_end`, what lies in the output folder ends where the best checkpoint does."""
+    trainer = extend(
+        new_stage(
+            tmp_path,
+            held_out(),
+            RewarmCallback(0.5, warmup=1),
+            **{**SAVES, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": tiny.rows(4, seed=2)},
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_old_loss",
+            greater_is_better=False,
+        )
+    )
+    trainer.train()
+    best = trainer.state.best_global_step
+    assert best is not None and best < trainer.state.global_step == STEPS
+    stages = read_stages(tmp_path)
+    assert stages is not None and stages[-1].steps == best
+    assert stages == read_stages(tmp_path / f"checkpoint-{best}")

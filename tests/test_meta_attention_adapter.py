@@ -219,6 +219,11 @@ def test_beside_an_adapter_of_peft(tmp_path: Path) -> None:
     second = PeftModel.from_pretrained(base(), tmp_path)
     load_meta_tokens(second, tmp_path)
     assert torch.equal(logits(second, tokens), expected)
+    third = PeftModel.from_pretrained(base(), tmp_path)
+    plain = logits(third, tokens[:, :4])
+    load_meta_tokens(third, tmp_path)
+    remove_meta_tokens(third)
+    assert torch.equal(logits(third, tokens[:, :4]), plain) and third.get_base_model().config.vocab_size == 43
     merged = second.merge_and_unload()
     assert torch.allclose(logits(merged, tokens), expected, atol=1e-5)
     save_meta_tokens(merged, tmp_path / "merged")

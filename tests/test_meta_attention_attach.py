@@ -205,6 +205,20 @@ def test_half_precision_finds_the_same_places(dtype: torch.dtype) -> None:
     assert made.dtype == dtype and bool(torch.isfinite(made[..., :META]).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2", "GPT-NeoX", "Falcon", "Cohere", "GPT-2", "BLOOM"])
+def test_activations_of_trained_models_do_not_hide_the_place(name: str, dtype: torch.dtype) -> None:
+    """Few dimensions a thousand times larger than others, in the residual and in what the feed-forward adds to it."""
+    model = architectures.build(name)
+    expected = survey(model).places
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 3] += 50
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and parameter.shape[0] == 16 and "mlp" in parameter_name:
+                parameter[5] *= 3000
+    assert survey(model.to(dtype)).places == expected
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -426,6 +440,19 @@ def test_tuples_carry_the_cache_too() -> None:
         cache = model.model(tokens[:, :8], use_cache=True, return_dict=False)[1]
         made = model(tokens[:, 8:], past_key_values=cache, return_dict=False)[0]
     assert torch.allclose(made, whole[:, 8:], atol=2e-6)
+
+
+def test_a_decoder_without_a_head() -> None:
+    bare = tiny.model().model.eval()
+    tokens = ids()
+    with torch.no_grad():
+        before = bare(tokens).last_hidden_state
+        attach_meta_attention(bare, MetaAttentionConfig(token_id=META))
+        assert torch.equal(bare(tokens, meta_positions=batch(tokens)["meta_positions"]).last_hidden_state, before)
+        changed = scramble(bare)(tokens, use_cache=True)
+        assert not torch.equal(changed.last_hidden_state, before)
+        detach_meta_attention(bare)
+        assert torch.equal(bare(tokens).last_hidden_state, before)
 
 
 def test_wrappers_are_looked_through() -> None:
@@ -723,19 +750,17 @@ def test_under_accelerates_hooks() -> None:
         assert torch.equal(model(tokens).logits, expected)
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    """DDP on gloo: one rank has meta-tokens, the other none; the gradients are the mean of those alone."""
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_equal_one(kind: str, tmp_path: Path) -> None:
+    """One rank has meta-tokens, the other none; the gradients are the mean of those alone. FSDP2: checkpointed too."""
     worker = Path(__file__).with_name("meta_attention_worker.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, str(worker), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(worker), str(tmp_path), kind]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     model = build("Llama").train()
-    alone = [
-        gradients(model, batch(ids())),
-        gradients(model, batch(torch.randint(3, 50, (2, 14)) * 0 + 7, given=False)),
-    ]
+    alone = [gradients(model, batch(ids())), gradients(model, batch(torch.full((2, 14), 7), given=False))]
     assert ranks[0].keys() == alone[0].keys() == alone[1].keys()
     for name in ranks[0]:
         assert torch.equal(ranks[0][name], ranks[1][name])

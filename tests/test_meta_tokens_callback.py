@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -632,3 +635,18 @@ def test_beside_metadata_and_replay(tmp_path: Path) -> None:
     assert [line["meta_tokens"] for line in tiny.history(trainer) if "meta_tokens" in line] == [
         16 * n for n in range(1, 7)
     ]
+
+
+# The example
+
+
+@pytest.mark.docs
+def test_the_example_runs(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[1] / "examples" / "meta_tokens.py"
+    command = [sys.executable, str(script), "--output_dir", str(tmp_path / "out"), "--max_steps", "4"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "meta_tokens: 12 in a sample of 128 tokens, 140 in all; uniform" in done.stderr
+    assert done.stdout.splitlines()[-1].startswith(("'", '"'))

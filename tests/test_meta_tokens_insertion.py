@@ -113,6 +113,13 @@ def test_padding_stays_behind_and_bears_no_loss() -> None:
     assert made["meta_documents"].tolist() == [[0, 0], [0, -1]]
 
 
+def test_types_are_kept() -> None:
+    given = torch.tensor([[5, 6, 7]], dtype=torch.int32)
+    made = insert(given, given, torch.tensor([[1]]), META, position_ids=given - 5, attention_mask=given > 0)
+    kinds = {name: made[name].dtype for name in ("input_ids", "labels", "position_ids", "attention_mask")}
+    assert kinds == {**dict.fromkeys(kinds, torch.int32), "attention_mask": torch.bool}
+
+
 def test_no_meta_tokens_change_nothing() -> None:
     text = torch.tensor([[5, 6, 7]])
     made = insert(text, text, torch.empty(1, 0, dtype=torch.int64), META, position_ids=torch.tensor([[0, 1, 0]]))
@@ -127,6 +134,7 @@ def test_no_meta_tokens_change_nothing() -> None:
         ({"positions": torch.tensor([1])}, r"positions must have the shape \(batch, meta\) with a batch of 2"),
         ({"positions": torch.tensor([[1], [4]])}, "positions must lie below 4"),
         ({"positions": torch.tensor([[1], [-1]])}, "0 to 1 meta-tokens a row: without an attention_mask"),
+        ({"positions": torch.tensor([[1, 1], [0, 2]])}, "positions hold a place of a row twice"),
         ({"labels": torch.ones(2, 4)}, r"labels must have the shape of input_ids, \(2, 3\), got \(2, 4\)"),
         ({"attention_mask": torch.tensor([[0, 1, 1]] * 2)}, "must be ones and then zeros"),
         ({"attention_mask": torch.tensor([[1, 0, 0]] * 2), "positions": torch.tensor([[2], [2]])}, "in the padding"),

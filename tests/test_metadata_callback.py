@@ -412,7 +412,7 @@ def test_a_model_that_reads_what_it_is_asked_for_is_refused(tmp_path: Path) -> N
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"processing_class": None}, "the Trainer has no tokenizer"),
-    ({}, {"data_collator": tiny.default_data_collator}, "data_collator is a function, which does not keep documents"),
+    ({}, {"data_collator": default_data_collator}, "data_collator is a function, which does not keep documents"),
     (
         {"isolate": False},
         {"data_collator": DataCollatorForLanguageModeling(TOKENIZER, mlm=False)},

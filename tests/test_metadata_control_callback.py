@@ -297,3 +297,20 @@ def test_a_model_writes_what_its_control_token_stands_for(tmp_path: Path) -> Non
     tokenizer, model = trained.processing_class, trained.model.eval()
     written = [generate(model, tokenizer, "", control=t, max_new_tokens=8, do_sample=False) for t in (G, B)]
     assert written == ["a" * 8, "b" * 8]
+
+
+@pytest.mark.parametrize("rows", [WITHIN, BEYOND])
+def test_a_loss_of_control_tokens_is_asked_where_wanted(rows: int, tmp_path: Path) -> None:
+    """As labels, which `extend` does not take for a fault where the model has no rows for them yet."""
+    watch = Watch()
+    trained = trainer(tmp_path, callback("{domain} ", cooldown=0, tokens={"loss": True}), watch, rows=rows)
+    ids = torch.tensor(trained.processing_class.convert_tokens_to_ids([G, B]))
+    trained.train()
+    seen, labels = (
+        torch.cat([batch[key].flatten() for step in watch.steps.values() for batch in step])
+        for key in ("input_ids", "labels")
+    )
+    asked = torch.isin(labels, ids)
+    assert 5 < asked.sum() and torch.equal(seen[asked], labels[asked])
+    # Where a document goes on in another block, its token is repeated as metadata is.
+    assert torch.isin(seen, ids).sum() > asked.sum()

@@ -1,12 +1,19 @@
 """Learned meta-tokens with meta-attention, for any decoder (arXiv 2509.16278).
 
-config        the settings
+insertion     where meta-tokens go in a sample, and putting them there
+batches       the same for collated batches
+rows          the same for a dataset
+boundaries    tokens that end a sentence or a line
+config        the settings of what is put into a model
 probe         one forward pass that is listened to
 places        where in a layer meta-attention joins, read off one forward pass
 attention     the sub-layer, on gathered meta positions
 layers        a decoder layer with it, and what happens at each forward pass
 memory        its keys and values in generation
 attach        put into a model, and taken out
+training      what a model needs while it is trained
+row           the token's row trained alone
+fused         the masked logit for losses that never call the head
 adapter       saved beside a model, and loaded
 inference     prompts with meta-tokens in them
 diagnostics   attention to meta-tokens, entropy with and without them
@@ -38,7 +45,10 @@ from hf_pretrain_ext.meta_tokens.diagnostics import (
     zeroed_positions,
 )
 from hf_pretrain_ext.meta_tokens.inference import generate, insert_in_prompts, meta_prompt_ids
+from hf_pretrain_ext.meta_tokens.insertion import draw_positions, insert
 from hf_pretrain_ext.meta_tokens.places import HINTS, Hint
+from hf_pretrain_ext.meta_tokens.rows import with_meta_tokens
+from hf_pretrain_ext.meta_tokens.training import MetaTraining
 
 __all__ = [
     "HINTS",
@@ -48,14 +58,17 @@ __all__ = [
     "MetaAttention",
     "MetaAttentionConfig",
     "MetaTokens",
+    "MetaTraining",
     "add_meta_tokens",
     "allow_meta_tokens",
     "attach_meta_attention",
     "attached",
     "attention_figures",
     "detach_meta_attention",
+    "draw_positions",
     "entropy_figures",
     "generate",
+    "insert",
     "insert_in_prompts",
     "load_meta_tokens",
     "meta_parameters",
@@ -64,5 +77,6 @@ __all__ = [
     "plot_diagnostics",
     "remove_meta_tokens",
     "save_meta_tokens",
+    "with_meta_tokens",
     "zeroed_positions",
 ]

@@ -126,22 +126,20 @@ def draw_positions(
         raise ValueError(f"boundaries are needed with how='boundaries' and of no use else, got how={how!r}")
     most = int(wanted.max(initial=0))
     drawn = np.full((len(rows), most), -1, dtype=np.int64)
-    row = np.repeat(np.arange(len(rows)), wanted)
-    rank = np.arange(len(row)) - np.repeat(np.cumsum(wanted) - wanted, wanted)
+    if not drawn.size:
+        return torch.from_numpy(drawn)
+    filled = np.arange(most) < wanted[:, None]
     if how == "every_n":
-        found = (rank + 1) * (tokens // np.maximum(wanted, 1))[row]
-    elif len(row):
-        places = tokens if gapped else tokens + wanted
-        keys = _keys(rows, places, None if boundaries is None else boundaries.numpy())
-        order = np.unique(wanted[wanted > 0]) - 1
-        smallest = np.partition(keys, order, axis=1)
-        last = smallest[np.arange(len(rows)), np.maximum(wanted, 1) - 1]
-        found = np.nonzero((keys <= last[:, None]) & (wanted > 0)[:, None])[1] + gapped
+        found = (np.arange(1, most + 1) * (tokens // np.maximum(wanted, 1))[:, None])[filled]
     else:
-        found = row
+        keys = _keys(rows, tokens if gapped else tokens + wanted, None if boundaries is None else boundaries.numpy())
+        smallest = np.partition(keys, sorted(set((wanted[wanted > 0] - 1).tolist())), axis=1)
+        last = smallest[np.arange(len(rows)), np.maximum(wanted, 1) - 1]
+        chosen = np.flatnonzero((keys <= last[:, None]) & (wanted > 0)[:, None])
+        found = chosen % keys.shape[1] + gapped
+    drawn[filled] = found
     # Behind a gap come the meta-tokens of the gaps before it, and the tokens.
-    drawn[row, rank] = found + rank * gapped
-    return torch.from_numpy(drawn)
+    return torch.from_numpy(drawn + np.arange(most) * filled if gapped else drawn)
 
 
 def _keys(seeds: NDArray[np.uint64], places: NDArray[np.int64], first: NDArray[Any] | None) -> NDArray[np.uint64]:
@@ -158,13 +156,13 @@ def _keys(seeds: NDArray[np.uint64], places: NDArray[np.int64], first: NDArray[A
     keys >>= np.uint64(2 + _SLOT_BITS)
     keys <<= np.uint64(_SLOT_BITS)
     keys |= numbers
-    inside = numbers < places[:, None].astype(np.uint64)
     if first is not None:
         ends = np.zeros(keys.shape, dtype=bool)
         ends[:, : first.shape[1]] = first[:, :width]
         keys[~ends] |= np.uint64(1 << 62)
         keys[numbers == (places[:, None] - 1).astype(np.uint64)] |= np.uint64(1 << 63)
-    keys[~inside] = np.iinfo(np.uint64).max
+    if places.min() < width:
+        keys[numbers >= places[:, None].astype(np.uint64)] = np.iinfo(np.uint64).max
     return keys
 
 
@@ -207,55 +205,89 @@ def insert(
     ([[5, 9, 6, 7, 9]], [[-100, -100, 6, 7, -100]])
     """
     _check_shapes(input_ids, positions, labels=labels, position_ids=position_ids, attention_mask=attention_mask)
-    width, most, device = input_ids.shape[1], positions.shape[1], input_ids.device
-    there = positions >= 0
-    counts = there.sum(1, keepdim=True)
-    places = torch.arange(width + most, device=device)
-    is_meta = torch.zeros(len(input_ids), width + most + 1, dtype=torch.bool, device=device)
-    is_meta = is_meta.scatter_(1, positions.where(there, width + most), True)[:, :-1]
-    # The token of text that a place holds, or that its meta-token stands in front of.
-    text = (places - is_meta.cumsum(1)).add_(is_meta)
-    source = text.clamp_(max=width - 1)
+    # NumPy: its calls cost half of torch's, and batches are small.
+    ids, drawn = _array(input_ids), _array(positions)
+    (rows, width), most = ids.shape, drawn.shape[1]
+    total, there = width + most, drawn >= 0
+    counts, begins = there.sum(1), np.arange(rows) * (width + most)
+    at = drawn + begins[:, None]
+    taken = np.zeros(rows * total, dtype=bool)
+    taken[at[there]] = True
+    mask = None if attention_mask is None else _array(attention_mask)
+    filled = None if mask is None else _filled(mask, counts, total, taken)
+    if (counts < most).any():
+        if mask is None:
+            raise ValueError(
+                f"positions are of {counts.min()} to {counts.max()} meta-tokens a row: without an attention_mask all "
+                "rows must get as many. Pass the mask, or rows of one length"
+            )
+        # Rows that get fewer are filled up behind their last token.
+        extra = (np.arange(total) >= width + counts[:, None]).reshape(-1)
+        taken |= extra
+    else:
+        extra = None
+    # Where each token of text goes, in all rows one behind the other.
+    places = np.flatnonzero(~taken)
+    if len(places) != rows * width:
+        raise ValueError("positions hold a place of a row twice. Draw them without repetition, as draw_positions does")
+    made = {"input_ids": _placed(ids, places, rows * total, meta_id)}
+    if extra is not None:
+        made["input_ids"][extra] = np.repeat(ids[:, -1], most - counts)
+    starts = None if position_ids is None else _starts(_array(position_ids), mask)
     if labels is None:
-        labels = input_ids if position_ids is None else input_ids.masked_fill(restarts(position_ids), IGNORED)
-    made = {
-        "input_ids": input_ids.gather(1, source).masked_fill_(is_meta, meta_id),
-        "labels": labels.gather(1, source).masked_fill_(is_meta | (text == 0), IGNORED),
+        targets = ids if starts is None else np.where(starts, IGNORED, ids)
+    else:
+        targets = _array(labels)
+    made["labels"] = _placed(targets, places, rows * total, IGNORED)
+    made["labels"][places[::width]] = IGNORED
+    documents = np.zeros_like(drawn)
+    if starts is not None:
+        first = np.flatnonzero(starts)
+        # A document begins behind the last token of the one before it, or with its row.
+        begin = places[first - 1] + 1
+        opens = first % width == 0
+        begin[opens] = begins
+        old = _array(position_ids).reshape(-1)
+        offset = np.repeat(begin - old[first], np.diff(begin, append=rows * total))
+        made["position_ids"] = (np.arange(rows * total) - offset).astype(old.dtype)
+        if filled is not None:
+            made["position_ids"][~filled] = 0
+        documents = np.searchsorted(begin, at, side="right") - 1 - np.flatnonzero(opens)[:, None]
+    found = {name: array.reshape(rows, total) for name, array in made.items()}
+    if filled is not None:
+        found["attention_mask"] = filled.reshape(rows, total).astype(_array(attention_mask).dtype)
+    found["meta_documents"] = np.where(there, documents, -1)
+    return {
+        **{name: torch.from_numpy(array).to(input_ids.device) for name, array in found.items()},
+        "meta_positions": positions,
     }
-    if attention_mask is not None:
-        lengths = attention_mask.sum(1, keepdim=True)
-        filled = places < lengths + counts
-        _check_mask(attention_mask, lengths, filled, is_meta)
-        made["attention_mask"] = filled.to(attention_mask.dtype)
-        # Where a row got fewer than others, its padding is repeated.
-        made["labels"].masked_fill_(places >= width + counts, IGNORED)
-        source = torch.minimum(source, (lengths - 1).clamp_(min=0)).where(filled, source)
-    elif not bool(there.all()):
-        raise ValueError(
-            f"positions are of {int(counts.min())} to {int(counts.max())} meta-tokens a row: without an "
-            "attention_mask all rows must get as many. Pass the mask, or rows of one length"
-        )
-    documents = torch.zeros_like(positions)
-    if position_ids is not None:
-        document = document_numbers(position_ids).gather(1, source)
-        begins = torch.ones_like(is_meta)
-        begins[:, 1:] = document[:, 1:] != document[:, :-1]
-        begin = torch.where(begins, places, 0).cummax(1).values
-        made["position_ids"] = position_ids.gather(1, source).gather(1, begin).add_(places).sub_(begin)
-        documents = document.gather(1, positions.clamp(min=0))
-    return {**made, "meta_positions": positions, "meta_documents": documents.masked_fill(~there, -1)}
+
+
+def _array(tensor: torch.Tensor | None) -> NDArray[Any]:
+    return np.zeros(0) if tensor is None else tensor.cpu().numpy()
+
+
+def _placed(tokens: NDArray[Any], places: NDArray[np.int64], size: int, filler: int) -> NDArray[Any]:
+    """`tokens` at their places, and `filler` at all others."""
+    made = np.full(size, filler, dtype=tokens.dtype)
+    made[places] = tokens.reshape(-1)
+    return made
+
+
+def _starts(position_ids: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[np.bool_]:
+    """Whether a token is the first of its document; padding is of the last."""
+    starts = np.ones(position_ids.shape, dtype=bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if mask is not None:
+        starts[:, 1:] &= mask[:, 1:] != 0
+    return starts
 
 
 def document_numbers(position_ids: torch.Tensor) -> torch.Tensor:
     """The number in its row of the document that each token is in."""
-    return restarts(position_ids).cumsum(1)
-
-
-def restarts(position_ids: torch.Tensor) -> torch.Tensor:
-    """Whether a token is the first of a document that begins inside its row."""
-    found = torch.zeros_like(position_ids, dtype=torch.bool)
-    found[:, 1:] = position_ids.diff(dim=1) != 1
-    return found
+    restarts = torch.zeros_like(position_ids, dtype=torch.bool)
+    restarts[:, 1:] = position_ids.diff(dim=1) != 1
+    return restarts.cumsum(1)
 
 
 def _check_shapes(input_ids: torch.Tensor, positions: torch.Tensor, **others: torch.Tensor | None) -> None:
@@ -280,13 +312,14 @@ def _check_shapes(input_ids: torch.Tensor, positions: torch.Tensor, **others: to
             )
 
 
-def _check_mask(
-    attention_mask: torch.Tensor, lengths: torch.Tensor, filled: torch.Tensor, is_meta: torch.Tensor
-) -> None:
-    width = attention_mask.shape[1]
-    if bool(((torch.arange(width, device=lengths.device) < lengths) != attention_mask.bool()).any()):
+def _filled(mask: NDArray[Any], counts: NDArray[np.int64], total: int, taken: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which places are no padding, after a look at the mask and at the meta-tokens."""
+    lengths = mask.sum(1, dtype=np.int64)[:, None]
+    if ((np.arange(mask.shape[1]) < lengths) != (mask != 0)).any():
         raise ValueError("attention_mask must be ones and then zeros in each row: padding goes behind the text")
-    if bool((is_meta & ~filled).any()):
+    filled: NDArray[np.bool_] = (np.arange(total) < lengths + counts[:, None]).reshape(-1)
+    if (taken & ~filled).any():
         raise ValueError(
             "positions lie in the padding of a row. Draw them for the rows' own lengths, attention_mask.sum(1)"
         )
+    return filled

@@ -1,4 +1,4 @@
-"""L2 towards the initial weights: a pull back to where training began, for when there is no old data to replay."""
+"""L2 towards the initial weights: a pull back to where training began, for when no old data can be had."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -13,6 +14,7 @@ import numpy as np
 
 from hf_pretrain_ext import _host, data
 from hf_pretrain_ext.checkpoint import CheckpointError
+from hf_pretrain_ext.meta_tokens.adapter import CONFIG_FILE
 from hf_pretrain_ext.meta_tokens.attach import attached, unwrapped
 from hf_pretrain_ext.meta_tokens.batches import Insertion, Length, mark
 from hf_pretrain_ext.meta_tokens.boundaries import checked_boundaries, ending_tokens
@@ -128,6 +130,7 @@ class MetaTokensCallback(TrainerPlugin):
         self._surveyed: Any = None
         self._ahead: tuple[Any, int] = (None, 0)
         self._training: MetaTraining | None = None
+        self._began: Any = None
         self._counted = (0, 0)
         self._tables: dict[str, Any] = {}
 
@@ -378,6 +381,15 @@ class MetaTokensCallback(TrainerPlugin):
 
     def begin(self) -> None:
         self._counted, self._tables = (0, 0), {}
+        if self.run is None:
+            return
+        began, again = self.run.beginning, self.run.trainer.model_init is not None
+        # A new stage from a checkpoint of an adapter begins with what lies beside it.
+        if began.told and "weights" in began.carry and (self._began is not began or again):
+            folder = str((began.parent or {}).get("path") or "")
+            if os.path.isfile(os.path.join(folder, CONFIG_FILE)):
+                self._load_beside_adapter(folder)
+        self._began = began
 
     def describe(self) -> list[str]:
         run = self.run

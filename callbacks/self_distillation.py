@@ -1,4 +1,4 @@
-"""Self-distillation: stay near what a frozen model says about the new rows, for when there is no old data to replay."""
+"""Self-distillation: stay near what a frozen model says about the new rows, for when no old data can be had."""
 
 from __future__ import annotations
 
@@ -157,7 +157,9 @@ class SelfDistillationCallback(TrainerPlugin):
         try:
             loaded = type(base).from_pretrained(os.fspath(self.teacher), dtype=base.dtype)
         except Exception as error:  # whatever comes up on the way to a model is the finding here
-            raise ValueError(f"teacher={shown(self.teacher)} cannot be loaded as the model is ({reason(error)})") from error
+            raise ValueError(
+                f"teacher={shown(self.teacher)} cannot be loaded as the model is ({reason(error)})"
+            ) from error
         ours, theirs = _host.output_vocabulary(base), _host.output_vocabulary(loaded)
         if ours != theirs:
             raise ValueError(
@@ -232,11 +234,11 @@ class SelfDistillationCallback(TrainerPlugin):
             positions = scored_positions(inputs["shift_labels"], shifted=False)
         else:
             positions = scored_positions(inputs["labels"], shifted=run.shifts_labels)
-        pair = [self._of(outputs) for outputs in (ours, theirs)]
+        pair = self._of(ours), self._of(theirs)
         if pair[0].shape != pair[1].shape or pair[0].shape[:2] != positions.shape:
             raise ValueError(
-                f"{self.name}: the model gives {tuple(pair[0].shape)}, the teacher {tuple(pair[1].shape)} for labels of "
-                f"{tuple(positions.shape)}. They must agree: use a teacher of the same kind"
+                f"{self.name}: the model gives {tuple(pair[0].shape)}, the teacher {tuple(pair[1].shape)} for labels "
+                f"of {tuple(positions.shape)}. They must agree: use a teacher of the same kind"
             )
         measure = kl_to_teacher if self.match == "kl" else feature_distance
         summed = measure(*pair, positions.to(pair[0].device))

@@ -468,14 +468,19 @@ def test_bytes_of_rows_are_those_of_arrow() -> None:
 
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     """Lists, arrays, tensors, text, flags; types of the dataset kept, with its features."""
-    features = Features({"input_ids": List(Value("int32")), "label": ClassLabel(names=["a", "b"]), "text": Value("string")})
+    features = Features(
+        {"input_ids": List(Value("int32")), "label": ClassLabel(names=["a", "b"]), "text": Value("string")}
+    )
     rows = [{"input_ids": [1, 2], "label": 1, "text": "x"}, {"input_ids": [], "label": 0, "text": None}]
     given = Dataset.from_list(rows, features=features)
     with BufferWriter(tmp_path / "dataset", 1 << 20) as writer:
         writer.add(given.data.table)
     back = ReplayBuffer.open(tmp_path / "dataset").dataset()
     assert back.features == features and back[:] == given[:]
-    odd = [{"x": torch.tensor([1, 2]), "y": np.ones((2, 2)), "z": True}, {"x": np.array([3]), "y": [[0.5]], "z": False}]
+    odd = [
+        {"x": torch.tensor([1, 2]), "y": np.ones((2, 2)), "z": True},
+        {"x": np.array([3]), "y": [[0.5]], "z": False},
+    ]
     with BufferWriter(tmp_path / "odd", 1 << 20) as writer:
         writer.add(odd)
     back = ReplayBuffer.open(tmp_path / "odd").dataset()

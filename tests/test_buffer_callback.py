@@ -108,9 +108,7 @@ ROW = (4 * 64 + 4) + (8 * 64 + 4) + 8  # `datasets` keeps input_ids in 32 bits
 def test_a_full_buffer_is_the_reference_sample(workers: int, tmp_path: Path) -> None:
     """1,536 rows, of which 891 fit."""
     data = long_rows(1600)
-    trained, seen = run(
-        tmp_path, BufferCallback(max_bytes=MIB, seed=3), data=data, dataloader_num_workers=workers, **LARGE
-    )
+    _, seen = run(tmp_path, BufferCallback(max_bytes=MIB, seed=3), data=data, dataloader_num_workers=workers, **LARGE)
     expected = test_buffer.reference(3, [ROW] * 1536, LIMIT)
     found = ReplayBuffer.open(tmp_path / "replay_buffer")
     assert found.numbers.tolist() == expected and len(expected) == LIMIT // ROW
@@ -135,7 +133,7 @@ class Stops(TrainerCallback):
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["rows", "stream"])
 def test_a_resume_counts_nothing_twice(streamed: bool, tmp_path: Path) -> None:
-    """Broken off ten steps after the checkpoint, with a buffer that is full and went on: the same sample at the end."""
+    """Broken off ten steps after the checkpoint, with a full buffer that went on: the same sample at the end."""
 
     def data() -> Any:
         rows = long_rows(1600)
@@ -205,7 +203,7 @@ def test_replaying_from_the_folder_that_is_written_to_is_refused(tmp_path: Path)
     run(tmp_path / "one", BufferCallback(tmp_path / "seen", max_bytes=MIB))
     old = ReplayBuffer.open(tmp_path / "seen").dataset()
     plugins = [BufferCallback(tmp_path / "seen", max_bytes=MIB), ReplayCallback(old, ratio=0.5)]
-    with pytest.raises(PluginError, match="from the buffer to which this run adds rows. Read from a copy"):
+    with pytest.raises(PluginError, match=r"from the buffer to which this run adds rows. Read from a copy"):
         extend(tiny.trainer(tmp_path / "two", *plugins))
 
 

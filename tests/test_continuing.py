@@ -1034,7 +1034,7 @@ def test_the_history_is_that_of_the_weights_that_were_kept(tmp_path: Path) -> No
             **{**SAVES, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": tiny.rows(4, seed=2)},
             load_best_model_at_end=True,
             metric_for_best_model="eval_old_loss",
-            greater_is_better=False,
+            greater_is_better=True,  # it is highest first
         )
     )
     trainer.train()

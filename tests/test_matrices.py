@@ -86,7 +86,10 @@ def test_neutral_settings_are_a_no_op(row: settings.Row, tmp_path: Path) -> None
     theirs = tiny.trainer(tmp_path / "theirs", dropout=0.1, **arguments)
     theirs.train()
     assert tiny.same_weights(ours, theirs)
-    kept = [{k: v for k, v in line.items() if not k.startswith(("replay_", "share_", "reptile_"))} for line in tiny.history(ours)]
+    kept = [
+        {k: v for k, v in line.items() if not k.startswith(("replay_", "share_", "reptile_"))}
+        for line in tiny.history(ours)
+    ]
     assert [line for line in kept if set(line) - {"epoch", "step"}] == tiny.history(theirs)
 
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from hf_pretrain_ext import PackedCollator, PlanConfig, PluginError, extend, pack, read_trace
+from hf_pretrain_ext import PackedCollator, PlanConfig, PluginError, continue_from, extend, pack, read_trace
 from hf_pretrain_ext.callbacks import ForgettingCallback, MetaTokensCallback, ReplayCallback
 from hf_pretrain_ext.checkpoint import CheckpointError, find_faults
 from hf_pretrain_ext.meta_tokens import attached, load_meta_tokens
@@ -481,6 +481,32 @@ def test_a_resume_beside_an_adapter_needs_them(tmp_path: Path) -> None:
     manifest.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"the meta-tokens of .*checkpoint-3 cannot be loaded: .*is missing"):
         build(tmp_path, meta(), model=lora(), **arguments).train(resume_from_checkpoint=str(saved))
+
+
+@pytest.mark.parametrize("row", ["meta_tokens", "meta_tokens-row", "meta_tokens-lora"])
+def test_a_new_stage_begins_with_them(row: str, tmp_path: Path) -> None:
+    """All weights of the old stage, the token's row and meta-attention among them; a second training goes on."""
+
+    def stage(folder: str, **given: Any) -> Any:
+        return extend(
+            tiny.trainer(tmp_path / folder, *settings.make((row,)), **{**settings.trainer_for((row,)), **given})
+        )
+
+    first = stage("first", save_strategy="steps", save_steps=6)
+    first.train()
+    second = continue_from(stage("second"), str(tmp_path / "first" / "checkpoint-6"))
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class See(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(tiny.weights(second))
+
+    second.add_callback(See())
+    second.train()
+    end = tiny.weights(second)
+    second.train()
+    for found, wanted in zip(seen, (tiny.weights(first), end), strict=True):
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_the_best_model_beside_an_adapter_has_its_own(tmp_path: Path) -> None:

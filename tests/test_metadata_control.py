@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_metadata import byte_level, rows_of, unigram, with_bos
+from transformers import ByT5Tokenizer
 
 from hf_pretrain_ext.demo.tokenizer import END_OF_TEXT
 from hf_pretrain_ext.metadata import (
@@ -295,7 +296,12 @@ def test_blocks_do_not_depend_on_processes(tmp_path: Path) -> None:
 # Text stays text
 
 
-@pytest.mark.parametrize("make", [byte_level, with_bos, unigram])
+def slow() -> ByT5Tokenizer:
+    """Written in Python: what is added to it comes before all else."""
+    return ByT5Tokenizer(extra_ids=0)
+
+
+@pytest.mark.parametrize("make", [byte_level, with_bos, unigram, slow])
 def test_text_that_spells_a_control_token_stays_text(make: Any) -> None:
     """In documents, segments and metadata, alone, cut in two by segments, and in a token that was added before."""
     tokenizer = make()

@@ -33,7 +33,7 @@ metric_list: [{metric: acc}]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models that read a's from a.io, scored low, and b's from b.io, scored high: by metadata, by control token."""
+    """Two models that read a's from a.io, scored low, and b's from b.io, scored high: by metadata, by token."""
     made = tmp_path_factory.mktemp("conditioned")
     draw = random.Random(0)
     signs = [draw.choice("ab") for _ in range(400)]

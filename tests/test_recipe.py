@@ -349,7 +349,7 @@ def of_documents(world: Path, output: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_raw_documents_with_metadata_and_control_tokens(documents: Path, tmp_path: Path) -> None:
-    """As Python code would do it: conditioned blocks to train on, plain ones to replay, to probe and to evaluate on."""
+    """As Python code would do it: conditioned blocks to train on, plain ones to replay, probe and evaluate on."""
     made = load_recipe(written(tmp_path / "r.yaml", of_documents(documents, tmp_path / "out")))
     trainer = made.build()
     plugin = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, MetadataCallback))

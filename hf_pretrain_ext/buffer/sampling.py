@@ -37,7 +37,10 @@ SMALLEST = 1 << 20
 """Bytes of the smallest buffer: below, what files need besides their rows would count."""
 
 _BYTES = re.compile(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([kMGT]i?)?B?\s*")
-_UNITS = {None: 1, **{f"{u}{i}": (1024 if i else 1000) ** n for n, u in enumerate("kMGT", 1) for i in ("", "i")}}
+_UNITS: dict[str | None, int] = {
+    None: 1,
+    **{f"{u}{i}": (1024 if i else 1000) ** n for n, u in enumerate("kMGT", 1) for i in ("", "i")},
+}
 
 
 def priorities(seed: int, numbers: NDArray[np.integer]) -> NDArray[np.uint64]:

@@ -208,8 +208,8 @@ class ReplayBuffer:
             manifest = read_manifest(where)
             if manifest is None:
                 raise ReplayBufferError(
-                    f"{shown(os.fspath(folder))} holds no replay buffer (no {MANIFEST}). One is made by BufferCallback "
-                    "or BufferWriter"
+                    f"{shown(os.fspath(folder))} holds no replay buffer (no {MANIFEST}). One is made by "
+                    "BufferCallback or BufferWriter"
                 )
             try:
                 for chunk in manifest.chunks:
@@ -271,7 +271,9 @@ class ReplayBuffer:
         """
         where = Path(folder)
         if where.resolve() == self.folder.resolve():
-            raise ReplayBufferError(f"folder must be another one than the buffer's own, got {shown(os.fspath(folder))}")
+            raise ReplayBufferError(
+                f"folder must be another one than the buffer's own, got {shown(os.fspath(folder))}"
+            )
         there = read_manifest(where)
         if there is not None:
             if there.seed != self.manifest.seed:

@@ -62,8 +62,8 @@ class BufferWriter:
     Adds rows to a replay buffer, and keeps a uniform sample of them within `max_bytes` (`hf_pretrain_ext.buffer`).
 
     After a kill at any byte, all rows up to some number (`through`) were added and none of those after it. One process
-    at a time writes; others may read. All files together stay within `max_bytes`; rows take up to two thirds of it, the
-    rest is room for rows that were dropped and not cleared away yet.
+    at a time writes; others may read. All files together stay within `max_bytes`: rows take up to two thirds of it,
+    and the rest is room for rows that were dropped and not cleared away yet.
 
     Args:
         folder (`str`): made if absent; gone on with if it holds a buffer.
@@ -102,8 +102,8 @@ class BufferWriter:
             known = read_manifest(self.folder)
             if known is not None and known.seed != seed:
                 raise ReplayBufferError(
-                    f"{self.folder} holds a replay buffer of seed {known.seed}, got seed={seed}: pass seed={known.seed}, "
-                    "or use another folder"
+                    f"{self.folder} holds a replay buffer of seed {known.seed}, got seed={seed}: pass "
+                    f"seed={known.seed}, or use another folder"
                 )
             self.manifest = replace(known or Manifest(seed, limit), max_bytes=limit)
             self._clear()
@@ -206,8 +206,8 @@ class BufferWriter:
             if unfinished == "error" and last.seen:
                 raise ReplayBufferError(
                     f"the last run that added rows to {self.folder} did not come to its end ({last.seen:,} rows, from "
-                    f"number {last.start:,} on). Resume it with resume_from_checkpoint; or pass unfinished='keep' where "
-                    "this run goes on from its weights, unfinished='drop' where its rows are not to count"
+                    f"number {last.start:,} on). Resume it with resume_from_checkpoint; or pass unfinished='keep' "
+                    "where this run goes on from its weights, unfinished='drop' where its rows are not to count"
                 )
             if unfinished == "drop":
                 self._drop_stage(last)
@@ -248,8 +248,8 @@ class BufferWriter:
         if not stages or stages[-1].start != start:
             found = f"its last stage began at row {stages[-1].start:,}" if stages else "it holds no rows"
             raise ReplayBufferError(
-                f"{self.folder} is not the replay buffer of the run to be resumed, whose stage began at row {start:,}: "
-                f"{found}. Pass the folder that the run wrote to, or start a new run"
+                f"{self.folder} is not the replay buffer of the run to be resumed, whose stage began at row "
+                f"{start:,}: {found}. Pass the folder that the run wrote to, or start a new run"
             )
         if self.through < through:
             raise ReplayBufferError(
@@ -474,5 +474,3 @@ def _lock(folder: Path) -> int | None:
             f"another process adds rows to the replay buffer {folder}: one at a time, or another folder"
         ) from error
     return handle
-
-

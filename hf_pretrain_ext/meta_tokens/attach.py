@@ -48,7 +48,10 @@ class MetaTokens:
     def mask(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the output embedding: the meta-token's logit, in place."""
         if self.masked and isinstance(output, Tensor):
-            output.select(-1, self.passes.token_id).fill_(max(torch.finfo(output.dtype).min, MASKED))
+            # Unrecorded: its probability is 0, and so is its gradient; recorded, the backward pass would copy the
+            # gradient of all logits for it.
+            with torch.no_grad():
+                output.select(-1, self.passes.token_id).fill_(max(torch.finfo(output.dtype).min, MASKED))
 
     def mask_again(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the model: models that squash their logits (Gemma 2) have made a number of it again."""

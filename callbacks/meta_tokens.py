@@ -182,6 +182,12 @@ class MetaTokensCallback(TrainerPlugin):
         for problem in (*self._check_tokenizer(setup.processing_class), *self._check_model(setup)):
             fit = fit and problem.level != "error"
             yield problem
+        if setup.args.n_gpu > 1:
+            yield Problem(
+                self.name,
+                f"{setup.args.n_gpu} GPUs in one process are threads that would share where the meta-tokens stand",
+                "Start one process a GPU, with torchrun, or show this one a single GPU.",
+            )
         if setup.args.label_smoothing_factor:
             yield Problem(
                 self.name,

@@ -676,3 +676,12 @@ def test_the_example_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "meta_tokens: 12 in a sample of 128 tokens, 140 in all; uniform" in done.stderr
     assert done.stdout.splitlines()[-1].startswith(("'", '"'))
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
+    """Their threads would share the hooks; the count is set by hand, as no such machine is needed to refuse it."""
+    reader = settings.full_tokenizer()["processing_class"]
+    trainer = tiny.trainer(tmp_path, meta(), processing_class=reader)
+    trainer.args._n_gpu = 2
+    with pytest.raises(PluginError, match="2 GPUs in one process are threads"):
+        extend(trainer)

@@ -572,14 +572,45 @@ def memory_table() -> list[dict[str, Any]]:
     return rows
 
 
+def rows_of(folder: Path, names: list[str]) -> list[dict[str, Any]]:
+    """Each of `names` that was run, at its best rate, over the seeds that are there."""
+    path = folder / "runs.jsonl"
+    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = []
+    for name in names:
+        found = [run for run in runs if run["name"] == name and math.isfinite(run["loss"])]
+        first = [run for run in found if run["seed"] == SEEDS[0]]
+        if not first:
+            continue
+        rate = min(first, key=lambda run: run["loss"])["lr"]
+        losses = [run["loss"] for run in found if math.isclose(run["lr"], rate)]
+        rows.append(
+            {
+                "arm": name,
+                "lr": rate,
+                "loss": statistics.mean(losses),
+                "spread": statistics.stdev(losses) if len(losses) > 1 else 0.0,
+                "seeds": len(losses),
+                "state_bytes": first[0]["state_bytes"],
+            }
+        )
+    return rows
+
+
 def page(folder: Path) -> str:
     """The results as Markdown; a section whose results are missing says how to make them."""
 
     def section(name: str, title: str, header: str, line: Callable[[dict[str, Any]], str], text: str) -> list[str]:
         path = folder / f"{name}.json"
-        if not path.exists():
+        rows: list[dict[str, Any]] = []
+        if name == "pretrain":
+            rows = rows_of(folder, list(ARMS))
+        elif name == "options":
+            rows = rows_of(folder, [f"option {option}" for option in OPTIONS])
+        elif path.exists():
+            rows = json.loads(path.read_text())
+        if not rows:
             return [f"## {title}", "", f"Not measured yet: `python benchmarks/gradnormlorp.py {name}`.", ""]
-        rows = json.loads(path.read_text())
         rule = "|".join("---" if not cell.strip().endswith(":") else "---:" for cell in header.split("|"))
         return [f"## {title}", "", text, "", f"| {header.replace(':', '')} |", f"|{rule}|", *map(line, rows), ""]
 
@@ -602,9 +633,12 @@ def page(folder: Path) -> str:
             run,
             f"A Llama of hidden size {HIDDEN}, {LAYERS} layers, {VOCABULARY} tokens, on the Python standard library, "
             f"{TOKENS / 1e6:.0f}M tokens an arm in {STEPS} steps, rank {RANK}; mean and deviation over seeds, "
-            "each at the best of a sweep of four rates a decade whose neighbours are worse. State: bytes of the "
-            "optimizer's tensors. LoRA and DoRA train embeddings, norms and head in full, as in the tables of the "
-            "GaLore family; galore-torch and apollo-torch keep their moments in 32 bits on a CPU.",
+            "each at the best of a sweep of four rates a decade whose neighbours are worse on the first seed. State: "
+            "bytes of the optimizer's tensors. *AdamW, matrices at a quarter*: the low-rank optimizers train the "
+            "matrices at a quarter (`scale`) of the rate of embeddings and norms, which is most of what sets them "
+            "apart from AdamW here; this arm does the same in full rank. LoRA and DoRA train embeddings, norms and "
+            "head in full, as in the tables of the GaLore family; galore-torch and apollo-torch keep their moments in 32 bits "
+            "on a CPU.",
         ),
         *section(
             "options",

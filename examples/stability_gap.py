@@ -37,7 +37,7 @@ BLOCK, BATCH, PEAK = 128, 8, 3e-3
 @dataclass
 class ScriptArguments:
     output_dir: str = field(default="runs/stability_gap", metadata={"help": "Folder of what is written."})
-    steps: int = field(default=80, metadata={"help": "Optimizer steps of a stage, of 1,024 tokens each."})
+    steps: int = field(default=40, metadata={"help": "Optimizer steps of a stage, of 1,024 tokens each."})
     seed: int = field(default=0, metadata={"help": "Of weights and data order."})
 
 

@@ -637,8 +637,8 @@ def page(folder: Path) -> str:
             "bytes of the optimizer's tensors. *AdamW, matrices at a quarter*: the low-rank optimizers train the "
             "matrices at a quarter (`scale`) of the rate of embeddings and norms, which is most of what sets them "
             "apart from AdamW here; this arm does the same in full rank. LoRA and DoRA train embeddings, norms and "
-            "head in full, as in the tables of the GaLore family; galore-torch and apollo-torch keep their moments in 32 bits "
-            "on a CPU.",
+            "head in full, as in the tables of the GaLore family; galore-torch and apollo-torch keep their moments in "
+            "32 bits on a CPU.",
         ),
         *section(
             "options",

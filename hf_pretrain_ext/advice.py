@@ -37,9 +37,9 @@ class SubsetAdvice:
     """
     A subset of proper size for several passes.
 
-    `subset_tokens` of the new domain are kept, the same in every pass, and read `epochs` times; `old_tokens` of the old
-    sources besides, others in every pass; `old_share` is their share of all tokens. `share` is that of the subset in
-    the tokens of the new domain that there are, where these are known.
+    `subset_tokens` of the new domain are kept, the same in every pass, and read `epochs` times; `old_tokens` of the
+    old sources besides, others in every pass; `old_share` is their share of all tokens. `share` is that of the subset
+    in the tokens of the new domain that there are, where these are known.
     """
 
     subset_tokens: int

@@ -7,6 +7,7 @@ Guo et al. (2024) take the perplexity under a KenLM model of a reference corpus;
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import os
@@ -96,8 +97,7 @@ class KenLMScorer:
     def __init__(self, path: str | os.PathLike[str]):
         if importlib.util.find_spec("kenlm") is None:
             raise ImportError("KenLMScorer needs the package kenlm: install it, or use PerplexityScorer")
-        import kenlm
-
+        kenlm = importlib.import_module("kenlm")
         try:
             self.model = kenlm.Model(os.fspath(path))
         except (OSError, RuntimeError) as error:

@@ -1,0 +1,89 @@
+"""The recipes of examples/recipes are what the guide says: each is loaded as it is, and run shrunk to toys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+from test_recipe import text
+
+from hf_pretrain_ext.demo.tokenizer import train_tokenizer
+from hf_pretrain_ext.recipe import load_recipe
+
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "examples" / "recipes").glob("*.yaml"))
+# What makes a toy of a run; all else stays as it is in the file.
+SMALL = {
+    "max_steps": 8,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "dataloader_pin_memory": False,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    tokenizer = train_tokenizer(text(50, 0), vocab_size=300)
+    model = tiny.model()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+def shrunk(content: dict[str, Any], world: Path, output: Path) -> dict[str, Any]:
+    """The same recipe with a tiny model, files made here, short blocks and few steps."""
+
+    def files(value: Any, seed: int = 1) -> Any:
+        if isinstance(value, dict) and "data_files" in value:
+            path = world / value["data_files"]
+            rows = [{"text": each, "repository": f"org/{n % 3}"} for n, each in enumerate(text(60, seed))]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            return {**value, "data_files": str(path)}
+        if isinstance(value, dict):
+            return {key: files(each, seed + n + 1) for n, (key, each) in enumerate(value.items())}
+        return value
+
+    made = files(content)
+    model = made["model"] if isinstance(made["model"], dict) else {"name_or_path": made["model"]}
+    made["model"] = {**model, "name_or_path": str(world / "model")}
+    made["training"] |= {**SMALL, "output_dir": str(output)}
+    made["training"].pop("save_steps", None)
+    for section in ("pack", "metadata"):
+        if section in made:
+            made[section]["block_size"] = 48
+    if "gradnormlorp" in made:
+        made["gradnormlorp"]["rank"] = 4
+    if "reptile" in made:
+        made["reptile"]["every"] = 2
+    return made
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_one_and_runs(path: Path, world: Path, tmp_path: Path) -> None:
+    as_it_is = load_recipe(path)
+    (tmp_path / "toy.yaml").write_text(
+        yaml.safe_dump(shrunk(yaml.safe_load(path.read_text()), world, tmp_path / "out"))
+    )
+    toy = load_recipe(tmp_path / "toy.yaml")
+    assert set(toy.plugins) == set(as_it_is.plugins) and bool(toy.replay) == bool(as_it_is.replay)
+    trainer = toy.build()
+    trainer.train()
+    assert trainer.state.global_step == 8
+    counts = trainer.plugin_run.realised()
+    shares = {name: entry["samples"] / 32 for name, entry in counts.items() if entry["replayed"]}
+    assert sum(shares.values()) == pytest.approx(as_it_is.replay["ratio"], abs=1 / 32)
+    assert set(trainer.plugin_run.plugins[0].run.output_dir) and (tmp_path / "out" / "trace.jsonl").is_file()
+
+
+def test_there_is_one_for_each_common_case() -> None:
+    assert {path.stem for path in RECIPES} == {"code", "domain_24gb", "instruct_model", "new_language"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +33,7 @@ from hf_pretrain_ext.buffer.storage import below, read_manifest
 from hf_pretrain_ext.buffer.writer import Unfinished, chunk_bytes, rows_bytes
 from hf_pretrain_ext.loader import DrawnFeatures
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin, overrides
+from hf_pretrain_ext.rng import rng_guard
 from hf_pretrain_ext.values import check_integers, shown
 
 __all__ = ["BufferCallback"]
@@ -60,8 +63,8 @@ class BufferCallback(TrainerPlugin):
             `"2 GiB"`; from 1 MiB on. Rows take up to two thirds. (The default is ours.)
         seed (`int`, *optional*, defaults to 0): of the sample.
         unfinished (`str`, *optional*, defaults to `"error"`): what a new run does where the last one that wrote to the
-            folder did not come to its end: refuse; `"keep"` its rows, where this run goes on from its weights; or
-            `"drop"` them.
+            folder did not come to its end and was another: refuse; `"keep"` its rows, where this run goes on from its
+            weights; or `"drop"` them. The same run, started again from its beginning, adds nothing twice.
 
     Raises:
         `ValueError`: at construction, settings out of range.
@@ -239,10 +242,22 @@ class BufferCallback(TrainerPlugin):
             self._start = self._resumed["start"]
             self._writer.resume_stage(self._start, self._start + run.step * run.global_batch)
             return
-        earlier = self._writer.seen
-        self._start = self._writer.begin_stage(self.unfinished)
-        if earlier:
+        earlier, stages = self._writer.seen, len(self._writer.manifest.stages)
+        self._start = self._writer.begin_stage(self.unfinished, self._identity())
+        if len(self._writer.manifest.stages) == stages > 0:
+            run.say("buffer: this run was begun before: rows that it added then are not added again")
+        elif earlier:
             run.say(f"buffer: the rows of this run join a sample of {self._writer.seen:,} rows seen before")
+
+    def _identity(self) -> str:
+        """A hash of all that decides which rows the run sees: one that is started again is known by it."""
+        run = self.run
+        assert run is not None
+        with rng_guard(seed=0):
+            sampled = run.setup.sample(run.setup.train_dataset)
+            rows = data.fingerprint(sampled) if data.is_map_style(sampled) else ""
+        text = json.dumps([run.identity(), run.step, rows], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._epochs += 1

@@ -98,7 +98,10 @@ API_LINE = re.compile(r"^::: (\S+)$", re.MULTILINE)
 
 def api_entry(path: str) -> str:
     module, _, name = path.rpartition(".")
-    found = getattr(importlib.import_module(module), name)
+    try:
+        found = importlib.import_module(path)
+    except ModuleNotFoundError:
+        found = getattr(importlib.import_module(module), name)
     if inspect.ismodule(found):
         names = [each for each in found.__all__ if callable(getattr(found, each))]
         return "\n".join([markdown_of(inspect.getdoc(found) or ""), *(_entry(getattr(found, n), n) for n in names)])
@@ -114,7 +117,7 @@ def _entry(found: Any, name: str) -> str:
     lines = [f"### {name}", "", "```python", f"{name}{signature}", "```", "", markdown_of(inspect.getdoc(found) or "")]
     if inspect.isclass(found):
         for member, value in vars(found).items():
-            if not member.startswith("_") and inspect.isfunction(value) and inspect.getdoc(value):
+            if not member.startswith("_") and inspect.isfunction(value) and value.__doc__:
                 lines += ["", f"#### {name}.{member}", "", markdown_of(inspect.getdoc(value) or "")]
     return "\n".join([*lines, ""])
 

@@ -19,6 +19,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "stream": (("rewarm", "replay-stream"), {"dataloader_num_workers": 1}),
     "shuffled stream": (("replay-shuffled-stream", "forgetting"), {}),
     "projected": (("rewarm", "replay", "forgetting", "gradnormlorp"), {}),
+    "buffered": (("buffer", "replay-stream", "l2_init", "self_distillation"), {"dataloader_num_workers": 1}),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import Trainer, TrainerCallback, default_data_collator
 from hf_pretrain_ext import PluginError, extend
 from hf_pretrain_ext.buffer import BufferWriter, ReplayBuffer, ReplayBufferError
 from hf_pretrain_ext.callbacks import BufferCallback, ForgettingCallback, ReplayCallback
+from hf_pretrain_ext.kill_test import compare_runs, kill_until_done
 
 MIB = 1 << 20
 
@@ -175,11 +178,27 @@ def test_another_folder_on_resume_is_refused(tmp_path: Path) -> None:
 def test_a_new_run_asks_about_one_that_was_broken_off(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, BufferCallback(max_bytes=MIB), Stops(3, 3))
-    with pytest.raises(ReplayBufferError, match=r"12 rows, from number 0 on.*resume_from_checkpoint"):
-        run(tmp_path, BufferCallback(max_bytes=MIB))
-    run(tmp_path, BufferCallback(max_bytes=MIB, unfinished="drop"))
+    for other in ({"data": tiny.rows(40, seed=5)}, {"data": stream(40)}, {"seed": 4}):
+        with pytest.raises(ReplayBufferError, match=r"12 rows, from number 0 on.*resume_from_checkpoint"):
+            run(tmp_path, BufferCallback(max_bytes=MIB), **other)
+    run(tmp_path, BufferCallback(max_bytes=MIB, unfinished="drop"), seed=4)
     found = ReplayBuffer.open(tmp_path / "replay_buffer")
     assert found.seen == len(found) == 24
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["rows", "stream"])
+def test_a_run_that_begins_again_adds_nothing_twice(streamed: bool, tmp_path: Path) -> None:
+    """Broken off before its first checkpoint, and started again as it was."""
+
+    def data() -> Any:
+        return stream() if streamed else tiny.rows(40)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, BufferCallback(max_bytes=MIB), Stops(99, 4), data=data())
+    assert ReplayBuffer.open(tmp_path / "replay_buffer").seen > 0
+    _, seen = run(tmp_path, BufferCallback(max_bytes=MIB), data=data())
+    found = ReplayBuffer.open(tmp_path / "replay_buffer")
+    assert kept(tmp_path) == seen and found.seen == 24 and len(found.manifest.stages) == 1
 
 
 def test_two_stages_and_a_replay_of_the_first(tmp_path: Path) -> None:
@@ -328,3 +347,19 @@ def test_a_folder_that_cannot_be_used_ends_all_ranks(tmp_path: Path) -> None:
 def test_the_default_collator_is_left_as_it_is(tmp_path: Path) -> None:
     trained, _ = run(tmp_path, BufferCallback(max_bytes=MIB))
     assert trained.data_collator is default_data_collator
+
+
+@pytest.mark.kill
+@pytest.mark.slow
+def test_killed_at_random_moments_it_keeps_what_a_run_left_alone_keeps(tmp_path: Path) -> None:
+    """SIGKILL during saves and commits too; weights, logs and the buffer's rows are those of a run left alone."""
+    from kill_worker import Forked
+    from test_kill import left_alone
+
+    alone, folder = left_alone("buffered", tmp_path / "alone"), tmp_path / "killed"
+    kills = int(os.environ.get("KILLS", "12"))
+    report = kill_until_done(functools.partial(Forked, "buffered", folder), folder, kills, seed=2, seconds=3.0)
+    assert compare_runs(alone, folder) == [] and report.kills >= 3
+    one, other = (ReplayBuffer.open(where / "replay_buffer") for where in (alone, folder))
+    assert other.numbers.tolist() == one.numbers.tolist() and other.seen == one.seen
+    assert other.dataset()["input_ids"][:] == one.dataset()["input_ids"][:]

@@ -45,11 +45,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Stage:
-    """One run that added rows, from number `start` on; `seen` rows, and whether it came to its end."""
+    """One run that added rows, from number `start` on; `seen` rows, whether it came to its end, and which it was."""
 
     start: int
     seen: int = 0
     finished: bool = False
+    run: str = ""
 
 
 @dataclass(frozen=True)

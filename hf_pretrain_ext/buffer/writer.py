@@ -186,7 +186,7 @@ class BufferWriter:
 
     # Stages
 
-    def begin_stage(self, unfinished: Unfinished = "error") -> int:
+    def begin_stage(self, unfinished: Unfinished = "error", run: str = "") -> int:
         """
         Begins a run whose rows are new, and returns the number of its first row.
 
@@ -194,6 +194,8 @@ class BufferWriter:
             unfinished (`str`, *optional*, defaults to `"error"`): where the last stage did not come to its end:
                 refuse; `"keep"` its rows, where training goes on from its weights; or `"drop"` them, where it does
                 not. What remains is uniform over the stages that count, either way.
+            run (`str`, *optional*): names a run that always has the same rows. The last stage, unfinished and of that
+                name, is gone on with: rows that it added already are left out.
 
         Raises:
             [`ReplayBufferError`]: the last stage is unfinished.
@@ -203,6 +205,8 @@ class BufferWriter:
         stages = self.manifest.stages
         if stages and not stages[-1].finished:
             last = stages[-1]
+            if run and last.run == run:
+                return last.start
             if unfinished == "error" and last.seen:
                 raise ReplayBufferError(
                     f"the last run that added rows to {self.folder} did not come to its end ({last.seen:,} rows, from "
@@ -215,7 +219,7 @@ class BufferWriter:
                 self._commit(replace(self.manifest, stages=stages[:-1]))
             else:
                 self._commit(replace(self.manifest, stages=(*stages[:-1], replace(last, finished=True))))
-        self._commit(replace(self.manifest, stages=(*self.manifest.stages, Stage(self.through))))
+        self._commit(replace(self.manifest, stages=(*self.manifest.stages, Stage(self.through, run=run))))
         return self.through
 
     def _drop_stage(self, stage: Stage) -> None:

@@ -806,7 +806,7 @@ add(
         "could not determine a constructor for the tag",
     ),
     ("a section misspelt", recipe(replya={}), "the recipe has no setting 'replya': did you mean 'replay'?"),
-    ("a section of nothing", recipe(qqqqq={}), "the recipe has no setting 'qqqqq': known are data, eval_data,"),
+    ("a section of nothing", recipe(qqqqq={}), "the recipe has no setting 'qqqqq': known are "),
     ("model missing", recipe("data: {path: json}\ntraining: {output_dir: x}"), "model is missing"),
     ("data missing", recipe("model: x\ntraining: {output_dir: x}"), "data is missing"),
     ("training missing", recipe("model: x\ndata: {path: json}"), "training is missing"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import matplotlib.font_manager  # noqa: F401  # makes its folders when it is first imported
 import pytest
 from bad_inputs import CATEGORIES, ROWS, Row
 from transformers import Trainer

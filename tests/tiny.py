@@ -7,7 +7,7 @@ import string
 
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, default_data_collator
 
 from hf_pretrain_ext.testing import (
     LENGTH,
@@ -27,6 +27,7 @@ __all__ = [
     "VOCABULARY",
     "Seen",
     "arguments",
+    "default_data_collator",
     "documents",
     "history",
     "model",

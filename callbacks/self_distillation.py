@@ -97,6 +97,7 @@ class SelfDistillationCallback(TrainerPlugin):
         self._model: Any = None
         self._digest: str | None = None
         self._takes_cache = False
+        self._left_out = NOT_INPUTS
         self._sums: Tensor | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -191,12 +192,15 @@ class SelfDistillationCallback(TrainerPlugin):
             self._model.to(self.run.device)
         teacher = self.run.model if self._model is None else self._model
         base = teacher.get_base_model() if hasattr(teacher, "get_base_model") else teacher
+        # Those make the decoder's inputs of the labels.
+        needs_labels = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+        self._left_out = tuple(name for name in NOT_INPUTS if not (needs_labels and name == "labels"))
         self._takes_cache = "use_cache" in inspect.signature(base.forward).parameters
 
     def _asked(self, inputs: Mapping[str, Any]) -> Any:
         """What the teacher says of a batch."""
         assert self.run is not None
-        given = {key: value for key, value in inputs.items() if key not in NOT_INPUTS}
+        given = {key: value for key, value in inputs.items() if key not in self._left_out}
         if self._takes_cache:
             given["use_cache"] = False
         if self.match == "features":
@@ -255,7 +259,7 @@ class SelfDistillationCallback(TrainerPlugin):
 
     def _of(self, outputs: Any) -> Tensor:
         if self.match == "features":
-            states = getattr(outputs, "hidden_states", None)
+            states = getattr(outputs, "hidden_states", None) or getattr(outputs, "decoder_hidden_states", None)
             if states:
                 found: Tensor = states[-1]
                 return found

@@ -18,7 +18,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quality format test-resume test-distributed deepspeed test-leaks test-kill test-architectures docs evidence bench build chromium clean
+.PHONY: help install demo test quality format test-resume test-distributed deepspeed test-leaks test-kill test-architectures docs evidence bench build release-check chromium clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -83,7 +83,12 @@ bench: $(STAMP) ## what each plug-in costs per step
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/overhead.py
 
 build: $(STAMP) ## sdist and wheel into dist/
+	rm -rf dist
 	$(BIN)/python -m build
+
+release-check: build ## build, twine, the wheel in new environments with the oldest and newest releases (half an hour)
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/release_check.py dist build/release-check
 
 chromium: ## install the browser that the report's tests look with (Debian, as root)
 	apt-get install -y --no-install-recommends chromium

@@ -37,7 +37,7 @@ from hf_pretrain_ext.demo.tokenizer import train_tokenizer
 from hf_pretrain_ext.metadata import generate, prepare
 
 TEMPLATE = "Source: {source}\n\n"
-BLOCK, BATCH, VOCABULARY = 256, 16, 2048
+BLOCK, BATCH, VOCABULARY = 256, 4, 2048
 HELD_OUT = 40
 """Documents of every kind that no run reads."""
 
@@ -50,7 +50,11 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "MeCo": {"cooldown": 0.1},
     "no cooldown": {"cooldown": 0},
     "mixed 90/10": {"cooldown": 0.1, "schedule": "mixed"},
+    "same for all": {"cooldown": 0.1},
 }
+CONTROL = "same for all"
+"""Behind metadata that say nothing: what a line before the text does by itself."""
+
 PROMPTS = ("The ", "This ", "Use ", "\n")
 SAMPLES, WRITTEN = 8, 64
 """Texts a prompt and kind of source, and tokens of each."""
@@ -244,6 +248,7 @@ def study(seeds: int, steps: int, output: Path) -> dict[str, Any]:
     }
     sets = {name: rows.select(range(0, len(rows), max(len(rows) // 150, 1))) for name, rows in sets.items()}
     plain = prepare(training, tokenizer, BLOCK, conditioned=False)
+    silent = training.remove_columns("source").add_column("source", ["document"] * len(training))
     path = output / "runs.jsonl"
     runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(run["arm"], run["seed"], run["steps"]) for run in runs}
@@ -271,7 +276,7 @@ def study(seeds: int, steps: int, output: Path) -> dict[str, Any]:
                 trainer = Trainer(
                     model,
                     arguments,
-                    train_dataset=plain if given is None else training,
+                    train_dataset=plain if given is None else silent if arm == CONTROL else training,
                     processing_class=tokenizer,
                     data_collator=PackedCollator(),
                     callbacks=[] if given is None else [MetadataCallback(TEMPLATE, block_size=BLOCK, **given)],
@@ -374,7 +379,7 @@ def main() -> None:
     parser.add_argument("--output", default="metadata_benchmark", help="folder of what is finished")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1200)
     given = parser.parse_args()
     output = Path(given.output)
     output.mkdir(parents=True, exist_ok=True)

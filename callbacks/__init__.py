@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_pretrain_ext.callbacks.benchmarks import BenchmarkCallback
 from hf_pretrain_ext.callbacks.buffer import BufferCallback
 from hf_pretrain_ext.callbacks.forgetting import ForgettingCallback
 from hf_pretrain_ext.callbacks.gradnormlorp import GradNormLoRPCallback
@@ -14,6 +15,7 @@ from hf_pretrain_ext.callbacks.rewarm import RewarmCallback
 from hf_pretrain_ext.callbacks.self_distillation import SelfDistillationCallback
 
 __all__ = [
+    "BenchmarkCallback",
     "BufferCallback",
     "ForgettingCallback",
     "GradNormLoRPCallback",

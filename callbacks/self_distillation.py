@@ -97,7 +97,7 @@ class SelfDistillationCallback(TrainerPlugin):
         self._model: Any = None
         self._digest: str | None = None
         self._takes_cache = False
-        self._left_out = NOT_INPUTS
+        self._left_out: tuple[str, ...] = NOT_INPUTS
         self._sums: Tensor | None = None
 
     def settings(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import textwrap
@@ -226,19 +227,43 @@ def _train(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     parser = _parser(
-        "report", "Makes one self-contained HTML page from the traces of one or several runs, side by side."
+        "report",
+        "Makes one self-contained HTML page from the traces of one or several runs, side by side: plan, learning "
+        "rate, losses, mixture, forgetting, stability gap, memory, events, environment. With --watch it follows runs "
+        "that go on, on a page of this machine.",
+        "With --watch the page is at http://127.0.0.1:PORT/ and is made anew as the traces grow; runs that have not\n"
+        "begun are waited for, Ctrl-C ends it. Whoever is logged in to this machine can read it; from another one:\n"
+        "ssh -L 8765:127.0.0.1:8765 MACHINE",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the output_dir of a run, or its trace.jsonl")
-    parser.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: %(default)s)")
+    parser.add_argument("--output", metavar="FILE", help="the page (default: report.html)")
     parser.add_argument(
         "--label", action="append", dest="labels", metavar="TEXT", help="what to call a run; once for each, in order"
     )
+    parser.add_argument("--watch", action="store_true", help="serve the page on this machine, and follow the runs")
+    parser.add_argument("--port", type=int, metavar="N", help="with --watch; 0: any free one (default: 8765)")
+    parser.add_argument(
+        "--every", type=float, metavar="SECONDS", help="with --watch: between two looks at the traces (default: 5)"
+    )
     options = parser.parse_args(arguments)
-    from hf_pretrain_ext.report.html import report
-
+    given = {"port": options.port, "every": options.every}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.watch and options.output is not None:
+        parser.error("--watch serves the page and writes no file: leave out --output, or --watch")
+    if given and not options.watch:
+        parser.error(f"--{next(iter(given))} is for --watch, which is not given")
     try:
-        page = report(options.runs, Path(options.output), options.labels)
-    except (FileNotFoundError, ImportError, ValueError) as error:
+        if options.watch:
+            from hf_pretrain_ext.report.watch import watch
+
+            watch(options.runs, options.labels, tell=functools.partial(print, flush=True), **given)
+            return 0
+        from hf_pretrain_ext.report.html import report
+
+        page = report(options.runs, Path(options.output or "report.html"), options.labels)
+    except OSError as error:
+        sys.exit(f"hf-pretrain-ext: {error.strerror if options.watch and error.strerror else error}")
+    except (ImportError, ValueError) as error:
         sys.exit(f"hf-pretrain-ext: {error}")
     print(f"report in {page}")
     return 0

@@ -1,7 +1,8 @@
 """`trace.jsonl`: what happened in a run, one JSON object a line, from which report and card are made.
 
 Lines carry `event` and `step`. A line `start` opens a run and holds its settings; `resume` continues it from a step,
-and what an interrupted session had written beyond that step no longer counts: `read_trace` leaves it out.
+and what an interrupted session had written beyond that step no longer counts: `read_trace` leaves it out, but for how
+far it had come (`reached`) and the exception that ended it (`interrupted`), if one did, which it adds to the `resume`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from hf_pretrain_ext.say import say
 __all__ = ["TRACE_NAME", "Trace", "command", "read_trace", "scrubbed", "versions"]
 
 TRACE_NAME = "trace.jsonl"
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "bitsandbytes")
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "bitsandbytes", "lm_eval")
 
 
 _SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}\b")
@@ -173,9 +174,17 @@ def _effective(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if event["event"] == "start":
             kept = []
         elif event["event"] == "resume":
+            event = {**event, **_lost(kept)}
             kept = _until(kept, event["step"])
         kept.append(event)
     return kept
+
+
+def _lost(events: list[dict[str, Any]]) -> dict[str, Any]:
+    if not events:
+        return {}
+    broken = {"interrupted": events[-1].get("error")} if events[-1]["event"] == "interrupted" else {}
+    return {"reached": max(event["step"] for event in events), **broken}
 
 
 def _until(events: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from hf_pretrain_ext.preview import Preview, preview_of
 from hf_pretrain_ext.reload import load_converted
 from hf_pretrain_ext.run import PluginRun
 from hf_pretrain_ext.schedules import LRSchedule
+from hf_pretrain_ext.session import Session
 from hf_pretrain_ext.stages import Stage, read_stages
 from hf_pretrain_ext.trace import TRACE_NAME
 from hf_pretrain_ext.values import is_whole, shown
@@ -86,8 +87,10 @@ class _Conductor(TrainerCallback):
 
     def __init__(self, run: PluginRun):
         self.run = run
+        self.session = Session(run)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.session.begin(sorted(map(str, self.run._shown)))
         self.run.on_train_begin()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -109,7 +112,12 @@ class _Conductor(TrainerCallback):
         if control.should_log:
             self.run.gather_counts()
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in (logs or {}):
+            self.session.use()
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.session.end()
         self.run.on_train_end()
 
 
@@ -174,6 +182,10 @@ class PluginTrainerMixin(_Base):
             result = super().train(run.resume_from, *args, **kwargs)
             run.flush()
             return result
+        except BaseException as error:
+            if conductor := self._conductor():
+                conductor.session.interrupted(error)
+            raise
         finally:
             run.active = False
             _host.end_workers(self)
@@ -232,6 +244,9 @@ class PluginTrainerMixin(_Base):
         for plugin in run.with_hook("wrap_model") if run else ():
             model = plugin.wrap_model(model)
         return model
+
+    def _conductor(self) -> _Conductor | None:
+        return next((cb for cb in self.callback_handler.callbacks if isinstance(cb, _Conductor)), None)
 
     def _order_callbacks(self) -> None:
         run = self._plugin_run

@@ -54,6 +54,7 @@ from hf_pretrain_ext import (
 )
 from hf_pretrain_ext.buffer import BufferWriter, ReplayBuffer, ReplayBufferError
 from hf_pretrain_ext.callbacks import (
+    BenchmarkCallback,
     BufferCallback,
     ForgettingCallback,
     L2InitCallback,
@@ -2442,6 +2443,34 @@ add(
         "buffer after what",
         call(BufferCallback, unfinished="ask"),
         "unfinished must be one of ('error', 'keep', 'drop'), got 'ask'",
+    ),
+    ("no task", call(BenchmarkCallback, []), "tasks must be a name or a list of names, such as ['arc_easy'], got []"),
+    ("a task twice", call(BenchmarkCallback, ["a", "a"]), "tasks: each may be named once, got ['a', 'a']"),
+    ("half a shot", call(BenchmarkCallback, "a", num_fewshot=0.5), "num_fewshot must be a whole number from 0 on"),
+    (
+        "batch of none",
+        call(BenchmarkCallback, "a", batch_size=0),
+        "batch_size must be a whole number from 1 on, got 0",
+    ),
+    ("draws", call(BenchmarkCallback, "a", bootstrap_iters=-1), "bootstrap_iters must be a whole number from 0 on"),
+    ("limit", call(BenchmarkCallback, "a", limit=1.5), "limit must be a number of questions, such as 200, or a share"),
+    ("no questions", call(BenchmarkCallback, "a", limit=0), "or a share below 1, got 0"),
+    ("tasks where", call(BenchmarkCallback, "a", include_path="nowhere"), "include_path must be a folder of YAML"),
+    ("when else", call(BenchmarkCallback, "a", when="during"), "when must be one of ('before', 'after', 'both')"),
+    ("instruction", call(BenchmarkCallback, "a", system_instruction=1), "system_instruction must be text, got 1"),
+    ("chat", call(BenchmarkCallback, "a", apply_chat_template="yes"), "apply_chat_template must be"),
+    (
+        "task nobody knows",
+        extending(
+            lambda: BenchmarkCallback("letter", include_path=settings.LM_EVAL_TASKS),
+            processing_class=tiny.tokenizer(),
+        ),
+        "lm-eval knows no task 'letter'. `lm_eval ls tasks` lists them",
+    ),
+    (
+        "questions without a tokenizer",
+        extending(lambda: BenchmarkCallback("letters", include_path=settings.LM_EVAL_TASKS)),
+        "needs a tokenizer, and processing_class is NoneType. Build the Trainer with processing_class=tokenizer",
     ),
     ("pull negative", call(L2InitCallback, -1), "strength must be a number from 0 on, such as 0.1, got -1"),
     ("pull to a disk", call(L2InitCallback, anchor_device="disk"), "anchor_device must be one of ('weights', 'cpu')"),

@@ -10,6 +10,7 @@ from typing import Any
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
+MIB = 1 << 20
 TOTAL, BATCH, WARM = 40, 8, 4
 PEAK, LOW = 1e-2, 1e-3
 GENERAL = {0: 2.0, 1: 2.1, 2: 2.5, 3: 2.25, 4: 2.005, 20: 1.9, 40: 1.95}
@@ -101,9 +102,22 @@ def preview(**changes: Any) -> dict[str, Any]:
     return {**plan, **changes}
 
 
+def session(step: int = 0, **changes: Any) -> dict[str, Any]:
+    where = {"system": "Linux 6.1", "architecture": "x86_64", "processors": 16, "memory": 1 << 37}
+    where |= {"device": "cuda", "device_name": "A GPU", "device_memory": 1 << 36}
+    found = {"event": "session", "step": step, "time": "2026-03-04T05:06:07+00:00", "machine": where, "ranks": 2}
+    return {**found, "command": "train.py --fast", "notes": ["replay: the old rows are few. Add some."], **changes}
+
+
+def usage(step: int) -> dict[str, Any]:
+    """Two steps a second; main memory falls back from its peak, the device's peak grows by a MiB a step."""
+    held = {"resident": 300 * MIB, "peak_resident": 512 * MIB, "device_peak": (1024 + step) * MIB}
+    return {"event": "usage", "step": step, **held, "seconds": step / 2}
+
+
 def events(until: int = TOTAL, **changes: Any) -> list[dict[str, Any]]:
     """A run of `TOTAL` steps that logs every 4, saves every 10; changes are those of its start."""
-    found = [start(**changes)]
+    found = [start(**changes), session()]
     for step in range(until + 1):
         if step in GENERAL:
             losses = {"eval_general_loss": GENERAL[step], "eval_domain_loss": DOMAIN[step]}
@@ -111,6 +125,7 @@ def events(until: int = TOTAL, **changes: Any) -> list[dict[str, Any]]:
             found.append({"event": "probe", "step": step, "losses": losses, "seconds": 0.25})
             found.append({"event": "log", "step": step, "scalars": losses, "counts": counts(step)})
         if step and step % 4 == 0:
+            found.append(usage(step))
             scalars = {"loss": loss(step), "learning_rate": rate(step - 1), "grad_norm": 0.5, "epoch": step / 25}
             found.append({"event": "log", "step": step, "scalars": scalars, "counts": counts(step)})
         if step and step % 10 == 0:
@@ -122,6 +137,7 @@ def events(until: int = TOTAL, **changes: Any) -> list[dict[str, Any]]:
             found.append({"event": "alert", "step": 2, "set": "general", "rise": 0.5, "threshold": 0.125})
     if until == TOTAL:
         found.append({"event": "log", "step": until, "scalars": {"train_loss": 3.0625}, "counts": counts(until)})
+        found.append(usage(until))
         found.append({"event": "end", "step": until, "counts": counts(until)})
     return found
 
@@ -130,6 +146,12 @@ def write(folder: Path, found: list[dict[str, Any]]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "trace.jsonl").write_text("".join(json.dumps(event) + "\n" for event in found), encoding="utf-8")
     return folder
+
+
+def cheap(monkeypatch: Any) -> None:
+    """Figures are made but not written, which is most of the time of a page."""
+    for module in ("sections", "mixture", "forgotten", "memory"):
+        monkeypatch.setattr(f"hf_pretrain_ext.report.{module}.data_uri", lambda figure: "data:,")
 
 
 class Page(HTMLParser):

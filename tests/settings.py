@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import tiny
@@ -11,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from hf_pretrain_ext import PackedCollator, TrainerPlugin
 from hf_pretrain_ext.callbacks import (
+    BenchmarkCallback,
     BufferCallback,
     ForgettingCallback,
     GradNormLoRPCallback,
@@ -48,6 +50,9 @@ class Row:
     observer: bool = False
     varied: tuple[Callable[[], TrainerPlugin], ...] = ()
     trainer: Callable[[], dict[str, Any]] = dict
+
+
+LM_EVAL_TASKS = Path(__file__).parent / "lm_eval_tasks"
 
 
 def old_data() -> Any:
@@ -318,6 +323,12 @@ ROWS = [
         varied=(lambda: SelfDistillationCallback(match="features", weight=0.5),),
     ),
     Row("buffer", make=lambda: BufferCallback(max_bytes="1 MiB"), observer=True),
+    Row(
+        "benchmarks",
+        make=lambda: BenchmarkCallback("letters", include_path=LM_EVAL_TASKS),
+        observer=True,
+        trainer=lambda: {"processing_class": tiny.tokenizer()},
+    ),
     Row("forgetting", make=lambda: ForgettingCallback({"old": tiny.rows(10, seed=9)}, every=2), observer=True),
 ]
 

@@ -26,7 +26,7 @@ def train(folder: Path, *plugins: TrainerCallback, plan: PlanConfig | None = Non
 
 def host_lines(trained: Trainer) -> list[dict[str, Any]]:
     """The lines of the log that a bare Trainer writes too."""
-    ours = ("eval_old", "buffer_")
+    ours = ("eval_old", "buffer_", "benchmark_")
     return [line for line in tiny.history(trained) if not any(key.startswith(ours) for key in line)]
 
 
@@ -69,7 +69,7 @@ def test_off_reads_no_data_before_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", OBSERVERS, ids=lambda row: row.name)
 def test_observers_change_nothing(row: settings.Row, tmp_path: Path, bare: Trainer) -> None:
-    trained = train(tmp_path, row.make())
+    trained = train(tmp_path, row.make(), **row.trainer())
     assert tiny.same_weights(trained, bare)
     assert host_lines(trained) == tiny.history(bare)
     assert len(tiny.history(trained)) > len(tiny.history(bare))

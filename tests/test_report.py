@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hf_pretrain_ext.report.plan_plot import plan_figure, plan_plot
 from hf_pretrain_ext.report.reading import RunRecord
 from hf_pretrain_ext.trace import read_trace
 from tests import report_traces as traces
-from tests.report_traces import BATCH, DOMAIN, GENERAL, TOTAL, Page
+from tests.report_traces import BATCH, DOMAIN, GENERAL, TOTAL, Page, cheap
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -49,12 +50,6 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Page:
     traces.write(folder / "one", traces.events())
     traces.write(folder / "two", traces.events(until=21, **other))
     return Page(report([folder / "one", folder / "two"], folder / "report.html"))
-
-
-def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are made but not written, which is most of the time of a page."""
-    for module in ("sections", "mixture", "outcomes"):
-        monkeypatch.setattr(f"hf_pretrain_ext.report.{module}.data_uri", lambda figure: "data:,")
 
 
 def page_of(folder: Path, *runs: list[dict[str, Any]]) -> Page:
@@ -99,24 +94,24 @@ def test_replayed_shares_by_hand(full: Page) -> None:
 
 
 def test_forgetting_by_hand(full: Page) -> None:
-    """initial, worst, at, gap depth, recovery, final, at, forgetting, gain, probes."""
-    expected = [2.0, 2.5, 2, 0.5, 4, 1.95, 40, 0.05, 0.05, 7]
+    """initial, lowest, at, final, at, forgetting, gain, probes."""
+    expected = [2.0, 1.9, 20, 1.95, 40, 0.05, 0.05, 7]
     assert full.row("forgetting", "one", "general") == pytest.approx(expected)
-    # Never above where it began: worst at step 0.
-    assert full.row("forgetting", "one", "domain") == pytest.approx([4.0, 4.0, 0, 0, 1, 2.25, 40, 0, 1.75, 7])
-    assert full.row("forgetting", "two", "general") == pytest.approx([2.0, 2.5, 2, 0.5, 4, 1.9, 20, 0, 0.1, 6])
+    assert full.row("forgetting", "one", "domain") == pytest.approx([4.0, 2.25, 40, 2.25, 40, 0, 1.75, 7])
+    assert full.row("forgetting", "two", "general") == pytest.approx([2.0, 1.9, 20, 1.9, 20, 0, 0.1, 6])
     assert "one 1.8 s, two 1.5 s" in full.text("forgetting")
-    for term in ("Gap depth", "Recovery step", "Forgetting", "Gain"):
+    for term in ("Lowest", "Forgetting", "Gain"):
         assert full.texts["forgetting"].count(term) >= 2  # as a column and defined
 
 
-def test_figures_agree_with_the_summary_that_a_run_writes() -> None:
-    from hf_pretrain_ext.report.outcomes import _figure_rows
-
-    run = RunRecord("a", "a", traces.events())
-    (general, domain) = _figure_rows([run], 0)
-    assert [cell.text for cell in general[2:6]] == ["2.0000", "2.5000", "2", "0.5000"]
-    assert domain[1].text == "domain" and run.probes["domain"] == sorted(DOMAIN.items())
+def test_the_stability_gap_by_hand(full: Page) -> None:
+    """initial, worst, at, gap depth, recovery step, steps to recover: 2.0, up to 2.5 at step 2, 2.005 at step 4."""
+    for run in ("one", "two"):
+        assert full.row("gap", run, "general") == pytest.approx([2.0, 2.5, 2, 0.5, 4, 2])
+    # Never above where it began: worst at step 0, nothing to come back from.
+    assert full.row("gap", "one", "domain") == [4.0, 4.0, 0, 0.0, "no gap", "–"]
+    for term in ("Worst", "Gap depth", "Recovery step", "Steps to recover"):
+        assert full.texts["gap"].count(term) >= 2
 
 
 def test_a_set_that_has_not_recovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,8 +122,69 @@ def test_a_set_that_has_not_recovered(tmp_path: Path, monkeypatch: pytest.Monkey
             event["losses"]["eval_general_loss"] = 2.25
     running = [event for event in found if event["event"] != "end"]
     page = page_of(tmp_path, found, running)
-    assert page.row("forgetting", "run-0", "general")[4] == "never"
-    assert page.row("forgetting", "run-1", "general")[4] == "not so far"
+    assert page.row("gap", "run-0", "general")[4:] == ["never", "–"]
+    assert page.row("gap", "run-1", "general")[4] == "not so far"
+
+
+def test_figures_over_the_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap(monkeypatch)
+    found = traces.events()
+    assert "Over the stages" not in page_of(tmp_path / "first", found).text("forgetting")
+    for step in (2, 40):
+        scalars = {"life_forgetting_general": 0.5 / step, "life_gain_general": -0.25, "backward_transfer": 0.125}
+        found.append({"event": "log", "step": step, "scalars": scalars})
+    page = page_of(tmp_path / "later", found)
+    assert page.row("forgetting", "run-0", "general", table=1) == [0.0125, -0.25]
+    assert "Backward transfer: run-0 +0.1250." in page.text("forgetting")
+
+
+def test_memory_and_time_by_hand(full: Page) -> None:
+    """device, its peak, peak of main memory, main memory at the last log, seconds, steps a second."""
+    peaks = {40: (1024 + 40) * traces.MIB, 20: (1024 + 20) * traces.MIB}
+    assert full.row("memory", "one") == ["A GPU", peaks[40], 512 * traces.MIB, 300 * traces.MIB, 20.0, 2.0]
+    assert full.row("memory", "two") == ["A GPU", peaks[20], 512 * traces.MIB, 300 * traces.MIB, 10.0, 2.0]
+    assert "1.04 GiB" in full.text("memory") and "20.0 s" in full.text("memory")
+
+
+def test_memory_of_a_run_on_the_cpu_and_of_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap(monkeypatch)
+    on_cpu = traces.events()
+    on_cpu[1]["machine"] = {"device": "cpu", "processors": 2, "memory": 1 << 33}
+    for event in on_cpu:
+        if event["event"] == "usage":
+            event |= {"device_peak": None}
+    page = page_of(tmp_path, on_cpu, without(traces.events(), "usage", "session"))
+    assert page.row("memory", "run-0") == ["cpu", "trained on the CPU", 512 * traces.MIB, 300 * traces.MIB, 20.0, 2.0]
+    assert page.row("memory", "run-1") == ["not known"] * 6
+    assert "No memory was measured: the trace is an older one" in page.text("unknown")
+
+
+def test_benchmarks_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap(monkeypatch)
+    found, other = traces.events(), traces.events()
+    for when, value in (("before", 0.25), ("after", 0.5)):
+        accuracy = {"value": value, "stderr": 0.0125, "higher_is_better": True}
+        loss = {"value": 10 - value, "stderr": None, "higher_is_better": False}
+        event = {"event": "benchmarks", "step": 0, "when": when, "found": {"quiz": {"acc": accuracy, "ppl": loss}}}
+        found.append({**event, "asked": {"limit": 10}, "seconds": 1.0})
+        other.append({**event, "asked": {"limit": 10 if when == "before" else 20}, "seconds": 1.0})
+    page = page_of(tmp_path, found, other)
+    assert page.row("benchmarks", "run-0", "quiz") == ["acc", "higher", 0.25, 0.5, 0.25]
+    assert page.row("benchmarks", "run-0", "quiz", "ppl") == ["lower", 9.75, 9.5, -0.25]
+    assert page.row("benchmarks", "run-1", "quiz") == ["acc", "higher", 0.25, 0.5, "–"]  # other questions
+    assert "0.5000 ± 0.0125" in page.text("benchmarks")
+
+
+def test_planned_memory_and_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap(monkeypatch)
+    parts = {"weights": 10, "gradients": 9, "moments": 8, "projectors": 7, "magnitudes": 6, "temporaries": 5}
+    found = traces.events()
+    found.append({"event": "memory", "step": 1, "state": 22, "planned": 21, "plan": parts, "peak": 45})
+    found.append({"event": "buffer", "step": 40, "rows": 12, "seen": 320, "bytes": 4096, "share": 0.1})
+    page = page_of(tmp_path, found)
+    assert page.row("memory", "run-0", table=1) == [10, 9, 8, 7, 6, 5, 45, 21, 22]
+    assert page.row("memory", "run-0", table=2) == [12, 320, 4096]
+    assert "memory" not in [row[2][0] for row in page.tables["events"][1]]
 
 
 def test_the_plan_of_the_rate_was_followed(full: Page) -> None:
@@ -160,26 +216,34 @@ def test_runs_are_compared(full: Page) -> None:
         return {row[0][0] for table in full.tables[section] for row in table if "differs" in row[0][2]}
 
     assert marked("environment") == {"seed", "weight_decay"} and marked("run") == {"ratio"}
-    assert full.row("environment", "seed", table=1) == [11, 12]
+    assert full.row("environment", "seed", table=2) == [11, 12]
     assert full.row("run", "ratio") == [0.25, 0.125]
     assert full.row("environment", "torch") == ["2.13.0", "2.13.0"]
-    assert full.row("environment", "plan: seed", table=1) == [11, 11]
+    assert full.row("environment", "plan: seed", table=2) == [11, 11]
+    assert full.row("environment", "device_name", table=1) == ["A GPU", "A GPU"]
+    assert "Command of all runs train.py --fast" in full.text("environment")
     assert "decay" not in {row[0][0] for row in full.tables["run"][0]}  # none in both
     for line in traces.start()["describe"]:
         assert line in full.texts["run"]
 
 
 def test_events_are_told(full: Page) -> None:
-    rows = [[cell[0] for cell in row] for row in full.tables["events"][0][1:]]
+    rows = [[cell[0] for cell in row] for row in full.tables["events"][1][1:]]
+    warning = "replay: the old rows are few. Add some."
     alert = "loss on general had risen by 0.5000 nats since step 0 (threshold 0.125)"
     saves = "checkpoint-10, checkpoint-20, checkpoint-30, checkpoint-40"
     assert rows == [
+        ["one", "0", "warning", warning],
         ["one", "2", "alert", alert],
         ["one", "10 – 40", "save × 4", saves],
         ["one", "40", "end", "training ended"],
+        ["two", "0", "warning", warning],
         ["two", "2", "alert", alert],
         ["two", "10 – 20", "save × 2", "checkpoint-10, checkpoint-20"],
     ]
+    began = "2026-03-04 05:06:07"
+    assert full.row("events", "one") == [0, began, 40, 20.0, "training ended"]
+    assert full.row("events", "two") == [0, began, 20, 10.0, "no end in the trace"]
     assert full.row("glance", "one")[0] == "finished, 40 of 40 steps"
     assert full.row("glance", "two")[0] == "interrupted, last seen at step 20 of 40"
 
@@ -189,12 +253,45 @@ def test_a_resume_replaces_what_was_lost(tmp_path: Path, monkeypatch: pytest.Mon
     lost = [{"event": "log", "step": 24, "scalars": {"loss": 1.2345}, "counts": traces.counts(24)}]
     resume = {"event": "resume", "step": 20, "checkpoint": "out/checkpoint-20", "versions": {"python": "3.12.0"}}
     rest = [event for event in traces.events() if event["step"] > 20]
-    page = page_of(tmp_path, [*traces.events(until=20), *lost, resume, *rest])
+    for event in rest:
+        if event["event"] == "usage":
+            event["seconds"] -= 10  # they count from the session's beginning
+    again = traces.session(20, command="train.py --resume")
+    page = page_of(tmp_path, [*traces.events(until=20), *lost, resume, again, *rest])
     assert page.row("losses", "run-0", "training loss")[2:4] == [40, 3 + 1 / 41]  # not 24, 1.2345
-    assert ["run-0", "20", "resume", "from out/checkpoint-20"] in [
-        [cell[0] for cell in row] for row in page.tables["events"][0]
+    told = "from out/checkpoint-20; the session before had come to step 24, what it did after step 20 was done again"
+    assert ["run-0", "20", "resume", told] in [[cell[0] for cell in row] for row in page.tables["events"][1]]
+    sessions = [[cell[0] for cell in row] for row in page.tables["events"][0][1:]]
+    began = "2026-03-04 05:06:07"
+    assert sessions == [
+        ["run-0", "0", began, "20", "10.0 s", "killed, without a trace of why"],
+        ["run-0", "20", began, "40", "10.0 s", "training ended"],
     ]
+    assert page.row("memory", "run-0")[-2:] == [20.0, 2.0]
+    assert "train.py --fast" in page.text("environment") and "train.py --resume" in page.text("environment")
     assert "Resumed once" in page.text("unknown") and "python 3.11.7 → 3.12.0" in page.text("unknown")
+
+
+def test_an_exception_that_ended_a_session_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap(monkeypatch)
+    broken = {"event": "interrupted", "step": 23, "error": "OutOfMemoryError", "message": "tried to allocate"}
+    resume = {"event": "resume", "step": 20, "checkpoint": "out/checkpoint-20"}
+    found = [*traces.events(until=20), broken]
+    page = page_of(tmp_path, found, [*found, resume, traces.session(20)])
+    assert page.row("events", "run-0")[-1] == page.row("events", "run-1")[-1] == "interrupted: OutOfMemoryError"
+    rows = [[cell[0] for cell in row] for row in page.tables["events"][1]]
+    assert ["run-0", "23", "interrupted", "OutOfMemoryError: tried to allocate"] in rows
+    assert [row[0] for row in rows if row[2] == "interrupted"] == ["run-0"]  # of the other it is in the resume
+
+
+def test_events_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap(monkeypatch)
+    found = traces.events(until=12)
+    found.append({"event": "mixture", "step": 8, "shares": {"train": 3, "replay": 1}, "start": 10})
+    found.append({"event": "nonfinite", "step": 9, "what": ["loss"], "action": "skip", "rows": {"train": [4]}})
+    rows = {row[2][0]: row[3][0] for row in page_of(tmp_path, found).tables["events"][1][1:]}
+    assert rows["mixture"] == "from step 10: train 75.0%, replay 25.0%"
+    assert rows["nonfinite"] == 'loss not finite: the update was left out; rows read: {"train": [4]}'
 
 
 def test_events_of_others_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +302,7 @@ def test_events_of_others_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found.append({"event": "stop", "step": 12, "set": "general", "rise": 0.75, "threshold": 0.5})
     found.append({"event": "end", "step": 12, "counts": traces.counts(12)})
     page = page_of(tmp_path, found)
-    rows = {row[2][0]: row[3][0] for row in page.tables["events"][0][1:]}
+    rows = {row[2][0]: row[3][0] for row in page.tables["events"][1][1:]}
     assert rows["refresh × 12"] == '{"rank": 2} … {"rank": 24}'
     assert rows["mixture"] == '{"weights": [1, 1], "start": 96}'
     assert "0.7500 nats" in rows["stop"]
@@ -343,7 +440,7 @@ def test_fields_of_another_form_do_no_harm(wrong: Any, tmp_path: Path, monkeypat
             spot = spot[key]
         spot[path[-1]] = wrong
         runs.append(run)
-    for name in ("log", "probe", "alert", "save", "end"):
+    for name in ("log", "probe", "alert", "save", "end", "session", "usage"):
         run = copy.deepcopy(found)
         for event in run:
             if event["event"] == name:
@@ -363,7 +460,7 @@ def test_losses_that_are_not_numbers(tmp_path: Path) -> None:
         if event["event"] == "log" and event["step"] == 8 and "loss" in event["scalars"]:
             event["scalars"]["loss"] = "inf"
     page = page_of(tmp_path, found)
-    general = next(row for row in page.tables["forgetting"][0] if row[1][0] == "general")
+    general = next(row for row in page.tables["gap"][0] if row[1][0] == "general")
     assert general[3][0] == "not a number" and general[4][1] == 3 and "bad" in general[3][2]
 
 
@@ -409,6 +506,7 @@ def poison(value: Any, name: str) -> Any:
         "shape",
     }
     kept |= {"start", "log", "probe", "alert", "save", "end", "segments", "weights", "seed", "cosine", "linear"}
+    kept |= {"session", "usage", *traces.session(), *traces.usage(0)}
     if isinstance(value, dict):
         return {
             key if key in kept else f"eval_{name}_loss" if key.startswith("eval_") else f"{name} {key}": poison(
@@ -457,12 +555,12 @@ def test_text_from_a_trace_stays_text(name: str, tmp_path: Path) -> None:
         assert not any(key.startswith("on") or key == "style" for key in attributes), (tag, attributes)
         assert (attributes.get("href") or "#").startswith("#")
     shown = re.sub("[\x00-\x08\x0b-\x1f\u202e\ud800]", "\ufffd", name)
-    for section in ("glance", "run", "plan", "forgetting", "events", "environment"):
+    for section in ("glance", "run", "plan", "forgetting", "gap", "events", "environment"):
         assert shown in page.texts[section], section
     assert page.texts["title"] == f"Report: {shown}"
     assert len(page.of("style")) == 1
     kinds = images(page)
-    assert len(kinds) == 5
+    assert len(kinds) == 7
     for head, data in kinds:
         if head == "data:image/svg+xml;base64":
             check_svg(data)
@@ -489,8 +587,13 @@ def test_the_page_is_valid_and_needs_nothing_else(full: Page) -> None:
     assert {tag for tag, _ in full.elements} <= ALLOWED
     assert full.texts["title"] == "Report: one, two"
     ids = [attributes["id"] for _, attributes in full.elements if "id" in attributes]
-    assert len(ids) == len(set(ids)) == 10
-    assert [a["href"] for a in full.of("a")] == [f"#{name}" for name in ids]
+    sections = [section["id"] or "" for section in full.of("section")]
+    assert len(ids) == len(set(ids)) and len(sections) == 12
+    assert [a["href"] for a in full.of("a")] == ["#content", *(f"#{name}" for name in sections)]
+    assert {section["aria-labelledby"] for section in full.of("section")} <= set(ids)
+    assert [level for level, _ in full.elements if level in ("h1", "h2")] == ["h1"] + ["h2"] * len(sections)
+    regions = [a for _, a in full.elements if a.get("role") == "region"]
+    assert regions and all(a.get("tabindex") == "0" and len(a.get("aria-label") or "") > 8 for a in regions)
     assert all(
         len(image["alt"] or "") > 30 and (image["src"] or "").startswith("data:image/") for image in full.of("img")
     )
@@ -529,7 +632,7 @@ def test_the_same_traces_give_the_same_page(tmp_path: Path) -> None:
 
 
 def test_a_long_run_gives_a_page_of_sensible_size(tmp_path: Path) -> None:
-    """10,000 logs: figures that would be large as SVG are PNG, tables show some of the lines and say so."""
+    """10,000 logs: curves are drawn by their extremes, tables show some of the lines and say so."""
     import random
 
     noise = random.Random(0)
@@ -539,8 +642,9 @@ def test_a_long_run_gives_a_page_of_sensible_size(tmp_path: Path) -> None:
         found.append({"event": "log", "step": step, "scalars": scalars, "counts": traces.counts(step)})
     path = report([traces.write(tmp_path / "run", found)], tmp_path / "report.html")
     page = Page(path)
-    assert path.stat().st_size < 1_500_000
-    assert "data:image/png;base64" in [head for head, _ in images(page)]
+    assert path.stat().st_size < 700_000
+    # Long curves are drawn by their extremes: noise of 10,000 points stays a drawing.
+    assert {head for head, _ in images(page)} == {"data:image/svg+xml;base64"}
     assert len(page.tables["mixture"][1]) == 1 + 12 and "12 of 10000 counts" in page.text("mixture")
 
 
@@ -610,6 +714,44 @@ def test_curves_hold_the_values_of_the_trace() -> None:
     dots = [points for points in drawn.values() if len(points) == 10]
     assert dots and dots[0] == [(step - 1, traces.rate(step - 1)) for step in range(4, 41, 4)]
     assert len(shares) == 2 and all(y in (0.25, 0.75) for line in shares[0].get_lines() for y in line.get_ydata())
+
+
+def test_the_gap_is_drawn_to_the_recovery() -> None:
+    """General: worst at 2 and back at 4, drawn to step 20; domain: never above. The second never comes back."""
+    lasting = traces.events()
+    for event in lasting:
+        if event["event"] == "probe" and event["step"] > 2:
+            event["losses"]["eval_general_loss"] = 2.25
+    with style():
+        general, domain = figures.gap_figure(
+            [RunRecord("one", "", traces.events()), RunRecord("two", "", lasting)]
+        ).axes
+    drawn = lines(general)
+    assert drawn["one"] == [(step, pytest.approx(GENERAL[step] - 2.0)) for step in (0, 1, 2, 3, 4, 20)]
+    assert [step for step, _ in drawn["two"]] == sorted(GENERAL)
+    marks = [(line.get_marker(), line.get_xdata()[0]) for line in general.get_lines() if len(line.get_xdata()) == 1]
+    assert marks == [("v", 2), ("o", 4), ("v", 2)]
+    assert all(y <= 0 for _, y in lines(domain)["one"])
+    later = [event for event in traces.events() if event["step"]]
+    assert figures.gap_figure([RunRecord("", "", later)]) is None
+
+
+def test_memory_is_drawn_in_gib() -> None:
+    with style():
+        main, device = figures.memory_figure([RunRecord("one", "", traces.events())]).axes
+        alone = figures.memory_figure([RunRecord("", "", traces.events(until=4))])
+    assert alone is None  # one point is no curve
+    assert lines(main)["one"] == [(step, 300 / 1024) for step in [*range(4, 41, 4), 40]]
+    assert lines(device)["one"][-1] == (40, pytest.approx((1024 + 40) / 1024))
+
+
+def test_extremes_of_long_curves_are_kept() -> None:
+    points = [(step, float(step % 7)) for step in range(10_000)]
+    points[1234], points[8765] = (1234, 99.0), (8765, -99.0)
+    drawn = figures.outline(points)
+    assert len(drawn) <= 2 * figures.PARTS + 2 and set(drawn) <= set(points) and drawn == sorted(drawn)
+    assert {points[0], points[1234], points[8765], points[-1]} <= set(drawn)
+    assert figures.outline(points[:100]) == points[:100]
 
 
 def preview_axes(**changes: Any) -> list[Any]:
@@ -697,7 +839,14 @@ def test_the_page_of_a_real_run(tmp_path: Path) -> None:
     assert page.row("losses", "run", "training loss")[:6] == [*points[0], *lowest, *points[-1]]
     probes = [event["losses"]["eval_old_loss"] for event in found if event["event"] == "probe"]
     assert len(probes) == 9 and page.row("forgetting", "run", "old")[0] == probes[0]
-    assert page.row("forgetting", "run", "old")[5] == probes[-1]
+    assert page.row("forgetting", "run", "old")[3] == probes[-1] and page.row("gap", "run", "old")[1] == max(probes)
+    used = [event for event in found if event["event"] == "usage"]
+    assert [event["step"] for event in used] == [*range(1, 9), 8]
+    assert page.row("memory", "run")[2:5] == [used[-1][key] for key in ("peak_resident", "resident", "seconds")]
+    assert 10_000_000 < used[0]["resident"] <= used[-1]["peak_resident"]
+    (session,) = [event for event in found if event["event"] == "session"]
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(session["time"])).total_seconds()) < 600
+    assert page.row("environment", "device", table=1) == ["cpu"] and session["machine"]["processors"] >= 1
     samples = 8 * trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
     assert samples == 8 * BATCH // 2
     assert page.row("plan", "run", "train")[2:4] == [24, 24]

@@ -33,6 +33,7 @@ from hf_pretrain_ext import TrainerPlugin, extend
 from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
 from hf_pretrain_ext.demo.corpora import Corpus, english_prose, new_domain
 from hf_pretrain_ext.demo.tokenizer import blocks, encode_documents, train_tokenizer
+from hf_pretrain_ext.hub_card import write_card
 from hf_pretrain_ext.report.plots import forgetting_plot, have_matplotlib
 from hf_pretrain_ext.say import say
 from hf_pretrain_ext.trace import versions
@@ -106,7 +107,8 @@ def run_quick(config: DemoConfig) -> dict[str, Any]:
     """Four arms of one seed.
 
     Writes `report.html`, `results.json`, `table.md`, `forgetting.json` and `forgetting.png` (all arms), a folder an
-    arm with its own `forgetting.json`, `trace.jsonl` and plot, and the adapted model with its tokenizer in `model/`.
+    arm with its own `forgetting.json`, `trace.jsonl` and plot, and the adapted model, its tokenizer and card in
+    `model/`.
     """
     began = time.perf_counter()
     folder = Path(config.output)
@@ -270,6 +272,10 @@ def _keep(folder: Path, row: dict[str, Any], tokenizer: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / row["folder"] / "model")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    try:
+        write_card(folder / row["folder"], output=folder / "model" / "README.md", model_name="hf-pretrain-ext-demo")
+    except ImportError as error:
+        say(f"no card: {error}")
 
 
 def write_page(folder: Path, runs: dict[str, str]) -> None:
@@ -323,4 +329,4 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
     print("\n" + "\n".join(lines))
     print(f"\nheld-out losses in nats per token; {results['seconds']:.0f} s in all")
     print(f"results in {folder}/: report.html (open it in a browser), table.md, forgetting.png, results.json")
-    print(f"the arm kept in {folder}/model: {results['kept']}. To load it:\n\n{loading}")
+    print(f"the arm kept in {folder}/model, with its card: {results['kept']}. To load it:\n\n{loading}")

@@ -14,7 +14,7 @@ from hf_pretrain_ext.stages import STAGES_NAME, Stage, read_stages
 from hf_pretrain_ext.trace import TRACE_NAME, read_trace, scrubbed
 from hf_pretrain_ext.values import shown
 
-__all__ = ["CardFacts", "SourceFacts", "read_facts"]
+__all__ = ["BenchmarkFacts", "CardFacts", "SourceFacts", "read_facts"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,19 @@ class SourceFacts:
 
 
 @dataclass(frozen=True)
+class BenchmarkFacts:
+    """One metric of a task, before the stage and after it: value and standard error, None where not measured."""
+
+    task: str
+    metric: str
+    before: tuple[float, float | None] | None
+    after: tuple[float, float | None] | None
+    higher_is_better: bool | None
+    samples: int | None
+    shots: int | None
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """All that a card says of the training."""
 
@@ -48,6 +61,7 @@ class CardFacts:
     rates: tuple[float, float, float] | None
     """First, highest and last learning rate that were logged."""
     forgetting: dict[str, dict[str, Any]]
+    benchmarks: tuple[BenchmarkFacts, ...]
     tokens: int | None
     seconds: float | None
     memory: dict[str, Any]
@@ -110,6 +124,7 @@ def read_facts(folder: str | Path, *, adapter: bool | None = None, base_model: s
         seed=last.seed if last else None,
         rates=_rates(record),
         forgetting=_forgetting(record),
+        benchmarks=_benchmarks(record),
         tokens=_total(counts),
         seconds=_seconds(record),
         memory=_memory(record),
@@ -162,6 +177,30 @@ def _forgetting(record: RunRecord | None) -> dict[str, dict[str, Any]]:
         if points and points[0][0] == 0 and all(finite(loss) is not None for _, loss in points):
             found[name] = summarise([step for step, _ in points], [loss for _, loss in points])
     return found
+
+
+def _benchmarks(record: RunRecord | None) -> tuple[BenchmarkFacts, ...]:
+    """The last measurement of each kind, where both asked the same."""
+    events = {event.get("when"): event for event in record.of("benchmarks")} if record is not None else {}
+    if len({str(event.get("asked")) for event in events.values()}) > 1:
+        events = {"after": events["after"]}
+    figures: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for when, event in events.items():
+        for task, metrics in mapping(event.get("found")).items():
+            for metric, figure in mapping(metrics).items():
+                if number(mapping(figure).get("value")) is not None:
+                    figures.setdefault((task, metric), {})[str(when)] = figure
+    shots = next((mapping(event.get("asked")).get("num_fewshot") for event in events.values()), None)
+    found = []
+    for (task, metric), sides in figures.items():
+        last = sides.get("after") or sides["before"]
+        before, after = (
+            (float(side["value"]), number(side.get("stderr"))) if (side := sides.get(when)) else None
+            for when in ("before", "after")
+        )
+        better = last.get("higher_is_better")
+        found.append(BenchmarkFacts(task, metric, before, after, better, _whole(last.get("samples")), _whole(shots)))
+    return tuple(found)
 
 
 def _total(counts: dict[str, Any]) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 from hf_pretrain_ext.hub_card.facts import CardFacts
 from hf_pretrain_ext.values import is_number, shown
 
-__all__ = ["RELATIONS", "check_metadata", "metadata_of"]
+__all__ = ["RELATIONS", "check_metadata", "metadata_of", "without_paths"]
 
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 """What the Hub knows as `base_model_relation`."""
@@ -53,7 +53,34 @@ def metadata_of(facts: CardFacts, model_name: str, given: Mapping[str, Any]) -> 
     return found
 
 
+def without_paths(head: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    A card's fields without a base model that is no name on the Hub: PEFT writes the folder that it loaded from, or
+    nothing, there and into a tag.
+
+    Example:
+
+    >>> without_paths({"base_model": "/models/mine", "tags": ["lora", "base_model:adapter:/models/mine"]})
+    {'tags': ['lora']}
+    >>> without_paths({"base_model": "me/mine", "tags": ["base_model:adapter:me/mine"]})
+    {'base_model': 'me/mine', 'tags': ['base_model:adapter:me/mine']}
+    """
+    kept = dict(head)
+    base = kept.get("base_model")
+    if isinstance(base, str) and not _REPOSITORY.fullmatch(base):
+        del kept["base_model"]
+    if isinstance(tags := kept.get("tags"), list):
+        of_base = re.compile(r"base_model:\w+:(.*)")
+        kept["tags"] = [
+            tag
+            for tag in tags
+            if not isinstance(tag, str) or not (at := of_base.fullmatch(tag)) or _REPOSITORY.fullmatch(at[1])
+        ]
+    return kept
+
+
 _METRIC = "held-out loss, nats a token"
+_BENCHMARK = "after continued pre-training"
 
 
 def _index(given: Any, facts: CardFacts, model_name: str) -> list[dict[str, Any]]:
@@ -67,12 +94,12 @@ def _index(given: Any, facts: CardFacts, model_name: str) -> list[dict[str, Any]
 
 def _is_ours(result: Any) -> bool:
     metrics = result.get("metrics") if isinstance(result, Mapping) else None
-    return bool(metrics) and all(metric.get("name") == _METRIC for metric in metrics or ())
+    return bool(metrics) and all(metric.get("name") in (_METRIC, _BENCHMARK) for metric in metrics or ())
 
 
 def results_of(facts: CardFacts) -> list[dict[str, Any]]:
-    """`model-index` results: the last loss on each held-out set, in nats a token."""
-    return [
+    """`model-index` results: the last loss on each held-out set, in nats a token, and benchmarks after the stage."""
+    losses = [
         {
             "task": {"type": "text-generation", "name": "Text generation"},
             "dataset": {"type": name, "name": f"{name} (held out)"},
@@ -80,6 +107,16 @@ def results_of(facts: CardFacts) -> list[dict[str, Any]]:
         }
         for name, figures in facts.forgetting.items()
     ]
+    benchmarks = [
+        {
+            "task": {"type": "text-generation", "name": "Text generation"},
+            "dataset": {"type": each.task, "name": f"{each.task} (lm-eval)"},
+            "metrics": [{"type": each.metric, "name": _BENCHMARK, "value": round(each.after[0], 6)}],
+        }
+        for each in facts.benchmarks
+        if each.after is not None
+    ]
+    return losses + benchmarks
 
 
 def check_metadata(data: Mapping[str, Any]) -> list[str]:

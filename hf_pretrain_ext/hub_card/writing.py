@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 
 from hf_pretrain_ext.hub_card.facts import CardFacts, read_facts
-from hf_pretrain_ext.hub_card.metadata import check_metadata, metadata_of
+from hf_pretrain_ext.hub_card.metadata import check_metadata, metadata_of, without_paths
 from hf_pretrain_ext.say import say
 from hf_pretrain_ext.trace import scrubbed
 from hf_pretrain_ext.values import shown
@@ -63,14 +64,16 @@ def write_card(
     """
     folder = Path(folder)
     output = Path(output) if output is not None else folder / "README.md"
-    facts = read_facts(folder, base_model=base_model)
+    # The card may stand beside the model, away from the run.
+    adapter = True if (output.parent / "adapter_config.json").is_file() else None
+    facts = read_facts(folder, adapter=adapter, base_model=base_model)
     name = model_name or folder.resolve().name
     head, body = _split(output.read_text("utf-8")) if output.exists() else ({}, f"# {name}\n")
-    data = metadata_of(facts, name, {**head, **(metadata or {})})
+    data = metadata_of(facts, name, {**without_paths(head), **(metadata or {})})
     if faults := check_metadata(data):
         raise ValueError(f"the metadata of {output} cannot be used: {'; '.join(faults)}. Pass others in `metadata`")
     drawn = _figures(facts, output.parent) if figures else []
-    text = with_section(body, section(facts, data, data_licences or {}, drawn))
+    text = with_section(filled_only(body, name), section(facts, data, data_licences or {}, drawn))
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     partial.write_text(f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n\n{text}", "utf-8")
@@ -102,6 +105,37 @@ def with_section(body: str, made: str) -> str:
         before, _, rest = body.partition(BEGIN)
         return before + block + rest.partition(END)[2]
     return f"{body.rstrip()}\n\n{block}\n"
+
+
+_UNFILLED = "More Information Needed"
+_FORM = "# Model Card for Model ID"
+
+
+def filled_only(body: str, name: str) -> str:
+    """
+    A card's text without what stands unfilled in the form that PEFT and the Hub's client write: their hints, the lines
+    and headings that say "More Information Needed". A text with a title of its own is the user's and stays as it is.
+
+    Example:
+
+    >>> form = "# Model Card for Model ID\\n\\n## Uses\\n\\n[More Information Needed]\\n\\n## Framework\\n\\n- PEFT"
+    >>> filled_only(form, "mine")
+    '# mine\\n\\n## Framework\\n\\n- PEFT\\n'
+    """
+    if not body.lstrip().startswith(_FORM):
+        return body
+    text = re.sub(r"<!--(?! hf-pretrain-ext).*?-->", "", body.replace(_FORM, f"# {name}", 1), flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if _UNFILLED.lower() not in line.lower()]
+    kept: list[str] = []
+    for line in reversed(lines):
+        # From the end: a heading with nothing below it, or only a heading of its own level or above, holds nothing.
+        level = len(line) - len(line.lstrip("#")) if re.match(r"#+ ", line) else 0
+        below = next((each for each in reversed(kept) if each.strip()), None)
+        depth = len(below) - len(below.lstrip("#")) if below is not None and re.match(r"#+ ", below) else 0
+        if level > 1 and (below is None or 0 < depth <= level):
+            continue
+        kept.append(line)
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(reversed(kept))).strip() + "\n"
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
@@ -140,7 +174,7 @@ def section(
         autoescape=False,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"cell": cell, "count": count, "rate": lambda value: f"{value:.4g}"}
+    environment.filters |= {"cell": cell, "count": count, "rate": lambda value: f"{value:.4g}", "measured": measured}
     return environment.get_template("continued_pretraining.md.j2").render(
         facts=facts,
         data={"base_model": None, **data},
@@ -169,6 +203,14 @@ def cell(value: Any) -> str:
 
 def count(value: Any, exact: bool = True) -> str:
     return "not recorded" if value is None else f"{'' if exact else '≈ '}{value:,.0f}"
+
+
+def measured(figure: tuple[float, float | None] | None) -> str:
+    """A value with its standard error."""
+    if figure is None:
+        return "not measured"
+    value, error = figure
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 def _template(name: str) -> str:

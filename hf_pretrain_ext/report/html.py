@@ -6,6 +6,7 @@ import base64
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,22 @@ from hf_pretrain_ext.report.drawing import clean, style
 from hf_pretrain_ext.report.reading import RunRecord
 from hf_pretrain_ext.trace import TRACE_NAME, read_trace
 
-__all__ = ["report"]
+__all__ = ["Live", "labels_of", "need_extra", "render", "report"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
+@dataclass(frozen=True)
+class Live:
+    """What a page that follows its runs holds besides: seconds between looks, its ETag, and what there is to say."""
+
+    every: float
+    tag: str
+    notice: str = ""
+
+
 def report(runs: Sequence[str | Path], output: str | Path, labels: Sequence[str] | None = None) -> Path:
-    """Writes what happened in some runs as one HTML page: plans, rates, losses, mixtures, forgetting, events.
+    """Writes what happened in some runs as one HTML page: plans, rates, losses, forgetting, memory, events.
 
     Every figure comes from the traces. The page needs nothing else: no network, no scripts, no files beside it.
 
@@ -43,15 +53,15 @@ def report(runs: Sequence[str | Path], output: str | Path, labels: Sequence[str]
     report(["runs/plain", "runs/replay"], "report.html", labels=["plain", "with 5 % replay"])
     ```
     """
-    _need_extra()
+    need_extra()
     runs = [runs] if isinstance(runs, str | Path) else list(runs)
     records = [
         RunRecord(clean(label), clean(run), read_trace(run))
-        for run, label in zip(runs, _labels([Path(run) for run in runs], labels), strict=True)
+        for run, label in zip(runs, labels_of([Path(run) for run in runs], labels), strict=True)
     ]
     output = Path(output)
     output = output / "report.html" if output.is_dir() else output
-    page = _render(records)
+    page, _ = render(records)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
     temporary.write_text(page, encoding="utf-8")
@@ -59,7 +69,7 @@ def report(runs: Sequence[str | Path], output: str | Path, labels: Sequence[str]
     return output
 
 
-def _need_extra() -> None:
+def need_extra() -> None:
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
@@ -67,7 +77,7 @@ def _need_extra() -> None:
         raise ImportError("the report needs jinja2 and matplotlib: pip install 'hf-pretrain-ext[report]'") from error
 
 
-def _labels(paths: list[Path], labels: Sequence[str] | None) -> list[str]:
+def labels_of(paths: list[Path], labels: Sequence[str] | None) -> list[str]:
     """A label for each run, no two the same."""
     if not paths:
         raise ValueError("no runs to report on: give at least one folder that holds a trace.jsonl")
@@ -108,20 +118,24 @@ def _tail(path: Path, paths: list[Path]) -> str:
 
 
 def _sections(records: list[RunRecord]) -> list[Any]:
-    from hf_pretrain_ext.report import documents, mixture, outcomes, sections
+    from hf_pretrain_ext.report import benchmarks, documents, forgotten, memory, mixture, outcomes, sections
 
     parts = (
         *(sections.glance, sections.what_was_run, sections.plan, sections.rates, sections.losses, mixture.mixture),
         documents.documents,  # only where there were raw documents
         sections.life,  # only where stages came before
-        *(outcomes.forgetting, outcomes.events, outcomes.environment, outcomes.unknown),
+        *(forgotten.forgetting, forgotten.stability_gap),
+        benchmarks.benchmarks,  # only where some were run
+        memory.memory,
+        *(outcomes.events, outcomes.environment, outcomes.unknown),
     )
     with style():
         made = [part(records) for part in parts]
     return [section for section in made if section is not None]
 
 
-def _render(records: list[RunRecord]) -> str:
+def render(records: list[RunRecord], live: Live | None = None) -> tuple[str, str]:
+    """The page and its content security policy. Only one that follows its runs (`live`) holds a script."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -134,11 +148,21 @@ def _render(records: list[RunRecord]) -> str:
         finalize=lambda value: clean(value) if type(value) is str else value,
     )
     css = environment.get_template("report.css.j2").render()
-    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    return environment.get_template("report.html.j2").render(
+    script = environment.get_template("live.js.j2").render() if live else ""
+    # Style sheet and script are allowed by their hashes; others that came in with a name would not run.
+    policy = f"default-src 'none'; img-src data:; style-src '{_digest(css)}'; base-uri 'none'; form-action 'none'"
+    policy += f"; script-src '{_digest(script)}'; connect-src 'self'" if live else ""
+    begun = any(record.events for record in records)
+    page = environment.get_template("report.html.j2").render(
         runs=records,
-        sections=_sections(records),
+        sections=_sections(records) if begun or not live else [],
         style=css,
-        # The one style sheet is allowed by its hash; a style or a script that came in with a name would not run.
-        policy=f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        policy=policy,
+        live=live,
+        script=script,
     )
+    return page, policy
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

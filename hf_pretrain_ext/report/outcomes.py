@@ -1,123 +1,80 @@
-"""What came of it: the report's sections on forgetting, events, environment, and what could not be known."""
+"""What came of it: the report's sections on events, environment, and what could not be known."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
-from hf_pretrain_ext.report.drawing import data_uri
-from hf_pretrain_ext.report.figures import forgetting_figure
-from hf_pretrain_ext.report.reading import RunRecord, mapping, number, whole
-from hf_pretrain_ext.report.sections import named
+from hf_pretrain_ext.report.drawing import COLOURS
+from hf_pretrain_ext.report.reading import RunRecord, finite, mapping, number, sequence, whole
 from hf_pretrain_ext.report.tables import (
     Cell,
-    Definitions,
     Details,
-    Figure,
+    Listing,
     Section,
     Table,
     Text,
     count,
-    loss,
     run_cell,
     side_by_side,
-    signed,
+    size,
+    span,
     text,
 )
 
-__all__ = ["environment", "events", "forgetting", "unknown"]
+__all__ = ["environment", "events", "unknown"]
 
 _LISTED = 6
 """Events of one kind in a row that are listed; of more, the first and the last."""
-_ROUTINE = ("start", "log", "probe", "forgetting")
+_ROUTINE = ("start", "log", "probe", "forgetting", "usage", "memory", "buffer", "metadata", "benchmarks")
 """Events that other sections show."""
-_LOUD = {"alert": "bad", "stop": "bad", "resume": "differs", "end": "good"}
+_LOUD = {"alert": "bad", "stop": "bad", "nonfinite": "bad", "interrupted": "bad", "resume": "differs", "end": "good"}
 _SEEDS = ("seed", "data_seed", "full_determinism")
-
-
-def forgetting(runs: Sequence[RunRecord]) -> Section:
-    lead = "Loss on held-out sets, probed before the first step, densely in the first steps and regularly after."
-    blocks: list[Any] = []
-    figure = forgetting_figure(runs)
-    if figure is None:
-        words = "No run measured held-out sets, so it is not known what was forgotten: ForgettingCallback does that."
-        return Section("forgetting", "Forgetting", lead, [Text(words)])
-    alt = f"Held-out loss of each set over the steps, from before the first step: {named(runs)}."
-    caption = "The first 20 steps take as much room as those after. Dotted: the loss before training."
-    blocks.append(Figure(data_uri(figure), alt, caption))
-    rows = [row for index in range(len(runs)) for row in _figure_rows(runs, index)]
-    head = ["Run", "Set", "Initial", "Worst", "at step", "Gap depth", "Recovery step", "Final", "at step"]
-    head += ["Forgetting", "Gain", "Probes"]
-    blocks += [Table(head, rows), Definitions(_definitions())]
-    seconds = [f"{run.label} {taken:,.1f} s" for run in runs if (taken := _probe_seconds(run))]
-    if seconds:
-        blocks.append(Text(f"Time that the probes took in all: {', '.join(seconds)}."))
-    blocks += [Text(f"{run.label}: no held-out sets were measured.") for run in runs if not run.probes]
-    return Section("forgetting", "Forgetting", lead, blocks)
-
-
-def _probe_seconds(run: RunRecord) -> float:
-    found = [number(event.get("seconds")) for event in run.of("probe")]
-    return sum(seconds for seconds in found if seconds is not None and math.isfinite(seconds))
-
-
-def _figure_rows(runs: Sequence[RunRecord], index: int) -> list[list[Cell]]:
-    from hf_pretrain_ext.forgetting import summarise
-
-    rows, run = [], runs[index]
-    for name, points in run.probes.items():
-        # From the probes and not from the run's own summary, which an interrupted run does not have.
-        figures: dict[str, Any] = summarise([step for step, _ in points], [value for _, value in points])
-        if points[0][0] != 0:
-            figures |= dict.fromkeys(("initial", "gap_depth", "gain", "recovery_step"))
-        unrecovered = "not known" if points[0][0] else "never" if run.end else "not so far"
-        rows.append([
-            run_cell(runs, index),
-            text(name),
-            loss(figures["initial"], "not measured"),
-            loss(figures["worst"]),
-            count(figures["worst_step"]),
-            loss(figures["gap_depth"], "not known"),
-            count(figures["recovery_step"], unrecovered),
-            loss(figures["final"]),
-            count(figures["final_step"]),
-            loss(figures["forgetting"]),
-            signed(figures["gain"], "not known"),
-            count(len(points)),
-        ])  # fmt: skip
-    return rows
-
-
-def _definitions() -> list[tuple[str, str]]:
-    from hf_pretrain_ext.forgetting import RECOVERY_MARGIN
-
-    return [
-        ("Initial", "the loss before the first step"),
-        ("Worst", "the highest loss of all probes"),
-        ("Gap depth", "worst − initial: how deep the stability gap is"),
-        ("Recovery step", f"the first step after the worst with a loss of at most initial + {RECOVERY_MARGIN}"),
-        ("Final", "the loss of the last probe"),
-        ("Forgetting", "final − the lowest loss of all probes: how far the set has come away from its best"),
-        ("Gain", "initial − final: above zero the set was learned, below zero it was lost"),
-    ]
 
 
 # Events
 
 
 def events(runs: Sequence[RunRecord]) -> Section:
-    lead = "What happened besides logs and probes. Many of one kind in a row stand on one line."
+    lead = "What happened besides logs and probes: saves, resumes, interruptions, warnings, and what plug-ins did."
+    blocks: list[Any] = []
+    sessions = [row for index in range(len(runs)) for row in _session_rows(runs, index)]
+    if sessions:
+        head = ["Run", "From step", "Began (UTC)", "Came to step", "Took", "How it ended"]
+        blocks.append(Table(head, sessions, "Sessions: calls of train()"))
     rows = []
     for index, run in enumerate(runs):
-        found = [event for event in run.events if event["event"] not in _ROUTINE]
+        label = run_cell(runs, index)
+        found = [event for event in run.events if event["event"] not in (*_ROUTINE, "session")]
+        rows += [
+            [label, count(session.step), text("warning", "bad"), text(note)]
+            for session in run.sessions[:1]
+            for note in session.notes
+        ]
         for name, group in groupby(found, key=lambda event: str(event["event"])):
-            rows += _event_rows(run_cell(runs, index), name, list(group))
-    if not rows:
-        return Section("events", "Events", lead, [Text("The traces hold none.")])
-    return Section("events", "Events", lead, [Table(["Run", "Step", "Event", "What"], rows)])
+            rows += _event_rows(label, name, list(group))
+    if rows:
+        note = "Many of one kind in a row stand on one line."
+        blocks.append(Table(["Run", "Step", "Event", "What"], rows, "Events", note))
+    return Section("events", "Events", lead, blocks or [Text("The traces hold none.")])
+
+
+def _session_rows(runs: Sequence[RunRecord], index: int) -> list[list[Cell]]:
+    rows = []
+    for session in runs[index].sessions:
+        tone = "good" if session.ended == "training ended" else "" if session.ended.startswith("no end") else "bad"
+        began = str(session.time or "not known").replace("T", " ").removesuffix("+00:00")
+        rows.append([
+            run_cell(runs, index),
+            count(session.step),
+            text(began, "when"),
+            count(session.last_step),
+            span(session.seconds),
+            text(session.ended, tone),
+        ])  # fmt: skip
+    return rows
 
 
 def _event_rows(label: Cell, name: str, group: list[dict[str, Any]]) -> list[list[Cell]]:
@@ -132,37 +89,80 @@ def _event_rows(label: Cell, name: str, group: list[dict[str, Any]]) -> list[lis
 
 
 def _event_words(event: dict[str, Any]) -> str:
-    name = event["event"]
-    if name in ("alert", "stop") and "set" in event:
-        rise, threshold = number(event.get("rise")), number(event.get("threshold"))
-        if rise is not None and threshold is not None:
-            return f"loss on {event['set']} had risen by {rise:.4f} nats since step 0 (threshold {threshold:g})"
-    if name == "save":
-        return str(event.get("folder", ""))
-    if name == "resume":
-        return f"from {event.get('checkpoint', 'a checkpoint')}"
-    if name == "end":
-        return "training ended"
-    data = {key: value for key, value in event.items() if key not in ("event", "step")}
-    told = json.dumps(data, ensure_ascii=False) if data else ""
+    told = _TELL.get(event["event"], _as_json)(event) or _as_json(event)
     return told if len(told) <= 300 else told[:299] + "…"
+
+
+def _as_json(event: dict[str, Any]) -> str:
+    data = {key: value for key, value in event.items() if key not in ("event", "step")}
+    return json.dumps(data, ensure_ascii=False) if data else ""
+
+
+def _rise_words(event: dict[str, Any]) -> str:
+    rise, threshold = number(event.get("rise")), number(event.get("threshold"))
+    if "set" not in event or rise is None or threshold is None:
+        return ""
+    return f"loss on {event['set']} had risen by {rise:.4f} nats since step 0 (threshold {threshold:g})"
+
+
+def _resume_words(event: dict[str, Any]) -> str:
+    words = f"from {event.get('checkpoint', 'a checkpoint')}"
+    reached, step = whole(event.get("reached")), event["step"]
+    if reached is not None and reached > step:
+        words += f"; the session before had come to step {reached:,}, what it did after step {step:,} was done again"
+    return words
+
+
+def _nonfinite_words(event: dict[str, Any]) -> str:
+    acted = {"report": "only reported", "skip": "the update was left out", "stop": "training was ended"}
+    what, rows = " and ".join(map(str, sequence(event.get("what")))), event.get("rows")
+    if not what:
+        return ""
+    read = f"; rows read: {json.dumps(rows, ensure_ascii=False)}" if rows else ""
+    return f"{what} not finite: {acted.get(str(event.get('action')), event.get('action'))}{read}"
+
+
+def _mixture_words(event: dict[str, Any]) -> str:
+    shares = {str(name): finite(share) for name, share in mapping(event.get("shares")).items()}
+    total, start = sum(share or 0.0 for share in shares.values()), whole(event.get("start"))
+    if not total or start is None or None in shares.values():
+        return ""
+    return f"from step {start:,}: {', '.join(f'{name} {(share or 0) / total:.1%}' for name, share in shares.items())}"
+
+
+def _interrupted_words(event: dict[str, Any]) -> str:
+    return ": ".join(str(event[key]) for key in ("error", "message") if event.get(key))
+
+
+_TELL: dict[str, Callable[[dict[str, Any]], str]] = {
+    "alert": _rise_words,
+    "stop": _rise_words,
+    "save": lambda event: str(event.get("folder", "")),
+    "resume": _resume_words,
+    "nonfinite": _nonfinite_words,
+    "mixture": _mixture_words,
+    "interrupted": _interrupted_words,
+    "end": lambda event: "training ended",
+}
 
 
 # Environment
 
 
 def environment(runs: Sequence[RunRecord]) -> Section:
-    lead = "Versions, seeds and settings that decide what a run does."
+    lead = "Versions, machine, command, seeds and settings that decide what a run does."
     marked = " Marked lines differ between the runs." if len(runs) > 1 else ""
     head = ["", *(run.label for run in runs)]
     blocks: list[Any] = []
     for caption, columns in (
         ("Versions", [mapping(run.start.get("versions")) for run in runs]),
+        ("Machine", [_machine(run) for run in runs]),
         ("Seeds and sizes", [_seeds(run) for run in runs]),
         ("Data, as a hash of sampled rows", [mapping(run.identity.get("data")) for run in runs]),
     ):
         rows = side_by_side(dict.fromkeys(key for column in columns for key in column), columns)
         blocks.append(Table(head, rows, caption, by_run=True) if rows else Text(f"{caption}: not in the traces."))
+    blocks += _command_listings(runs)
     arguments = [run.arguments for run in runs]
     names = sorted({name for column in arguments for name in column})
     rows = side_by_side(names, arguments, "not in this trace", known_only=True)
@@ -178,6 +178,31 @@ def environment(runs: Sequence[RunRecord]) -> Section:
         note += "of a batch over devices) are not in a trace."
         blocks.append(Details(f"All {len(names)} training arguments", [Table(head, rows, note=note, by_run=True)]))
     return Section("environment", "Environment", lead + marked, blocks)
+
+
+def _machine(run: RunRecord) -> dict[str, Any]:
+    """Of the last session: a resumed run may have moved."""
+    if not run.sessions:
+        return {}
+    found = dict(run.sessions[-1].machine)
+    for name in ("memory", "device_memory"):
+        if name in found:
+            found[name] = size(finite(found[name])).text
+    return found | ({"ranks": run.sessions[-1].ranks} if run.sessions[-1].ranks is not None else {})
+
+
+def _command_listings(runs: Sequence[RunRecord]) -> list[Any]:
+    found = [_commands(run) for run in runs]
+    if len(runs) > 1 and found[0] and all(lines == found[0] for lines in found):
+        return [Listing("Command of all runs", found[0])]
+    listed = [(index, run, lines) for index, (run, lines) in enumerate(zip(runs, found, strict=True)) if lines]
+    return [Listing(f"Command of {run.label}", lines, index % len(COLOURS)) for index, run, lines in listed]
+
+
+def _commands(run: RunRecord) -> list[str]:
+    """Of every session, each once."""
+    told = [str(run.start["command"])] if run.start.get("command") else []
+    return list(dict.fromkeys([*told, *(session.command for session in run.sessions if session.command)]))
 
 
 def _seeds(run: RunRecord) -> dict[str, Any]:
@@ -220,8 +245,10 @@ def _gaps(run: RunRecord) -> list[str]:
         (not run.scalars("loss"), "No training loss was logged."),
         (not run.eval_losses, "The Trainer logged no evaluation of its own (eval_loss)."),
         (not run.probes, "No held-out sets were probed: forgetting is not known."),
+        (not run.usage, "No memory was measured: the trace is an older one, or holds no log of a training loss."),
+        (run.start and not run.sessions, "Machine and times are not recorded: the trace is an older one."),
         (
-            run.end is None,
+            run.end is None and not run.live,
             f"The trace has no end: what happened after step {run.last_step:,} is not known, and samples seen since "
             "the last log are not counted.",
         ),

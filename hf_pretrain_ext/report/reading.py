@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_pretrain_ext.schedules import LRSchedule
 
-__all__ = ["Count", "RunRecord", "finite", "mapping", "number", "sequence", "whole"]
+__all__ = ["Count", "RunRecord", "Session", "Usage", "finite", "mapping", "number", "sequence", "whole"]
 
 POINTS = 400
 """Steps at which a schedule is drawn that the trace holds only as phases."""
@@ -64,12 +64,42 @@ class Count:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What a run held at a log: bytes (None: not known), and seconds since its session began."""
+
+    step: int
+    resident: float | None
+    peak_resident: float | None
+    device_peak: float | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Session:
+    """One call of `train()`: the step and the time it began at, where, and how it went on as far as that counts."""
+
+    step: int
+    time: str | None
+    machine: dict[str, Any]
+    ranks: int | None
+    command: str | None
+    notes: list[str]
+    last_step: int
+    seconds: float | None
+    ended: str
+
+
+@dataclass(frozen=True)
 class RunRecord:
-    """One run of a report: its label, where its trace lies and the events that `read_trace` gave."""
+    """One run of a report: its label, where its trace lies and the events that `read_trace` gave.
+
+    `live`: whether the page follows it, so that a run without an end is taken to go on.
+    """
 
     label: str
     folder: str
     events: list[dict[str, Any]]
+    live: bool = False
 
     def of(self, name: str) -> list[dict[str, Any]]:
         """The events of one kind."""
@@ -141,6 +171,45 @@ class RunRecord:
         ours = {f"eval_{name}_loss" for name in self.probes}
         found = {key: self.scalars(key) for key in keys if _is_loss(key) and key not in ours}
         return {key: points for key, points in found.items() if points}
+
+    @cached_property
+    def usage(self) -> list[Usage]:
+        """Memory and time at each log of a training loss, by rising step."""
+        names = ("resident", "peak_resident", "device_peak", "seconds")
+        return [Usage(event["step"], *(finite(event.get(name)) for name in names)) for event in self.of("usage")]
+
+    @cached_property
+    def sessions(self) -> list[Session]:
+        """The calls of `train()` that made the run; of one that was resumed from, what a checkpoint kept."""
+        opened = [k for k, event in enumerate(self.events) if event["event"] == "session"]
+        found = []
+        for at, stop in pairwise([*opened, len(self.events)]):
+            event, within = self.events[at], self.events[at:stop]
+            told = [finite(each.get("seconds")) for each in within if each["event"] == "usage"]
+            found.append(
+                Session(
+                    step=event["step"],
+                    time=str(event["time"]) if event.get("time") else None,
+                    machine=mapping(event.get("machine")),
+                    ranks=whole(event.get("ranks")),
+                    command=str(event["command"]) if event.get("command") else None,
+                    notes=[str(note) for note in sequence(event.get("notes"))],
+                    last_step=max(each["step"] for each in within),
+                    seconds=max((each for each in told if each is not None), default=None),
+                    ended=self._ended(within, stop == len(self.events)),
+                )
+            )
+        return found
+
+    def _ended(self, within: list[dict[str, Any]], last: bool) -> str:
+        broken = next((each for each in reversed(within) if each["event"] in ("interrupted", "resume")), None)
+        if broken is not None and broken.get("interrupted" if broken["event"] == "resume" else "error"):
+            return f"interrupted: {broken.get('interrupted') or broken.get('error')}"
+        if any(each["event"] == "end" for each in within):
+            return "training ended"
+        if last:
+            return "no end so far" if self.live else "no end in the trace"
+        return "killed, without a trace of why"
 
     @cached_property
     def counts(self) -> list[tuple[int, dict[str, Count]]]:

@@ -41,6 +41,8 @@ def named(runs: Sequence[RunRecord]) -> str:
 def state(run: RunRecord) -> tuple[str, str]:
     """In words how far the run came, and whether that is good, bad or neither."""
     total = f" of {run.total_steps:,}" if run.total_steps else ""
+    if run.end is None and run.live:
+        return (f"not ended, at step {run.last_step:,}{total}" if run.events else "not begun yet"), ""
     if run.end is None:
         return f"interrupted, last seen at step {run.last_step:,}{total}", "bad"
     at = run.end["step"]

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, ClassVar
 
 from hf_pretrain_ext.report.drawing import COLOURS
@@ -32,6 +33,8 @@ __all__ = [
     "setting",
     "side_by_side",
     "signed",
+    "size",
+    "span",
     "text",
 ]
 
@@ -54,6 +57,18 @@ class Table:
     note: str = ""
     by_run: bool = False
     """Whether each column after the first is a run, so that words and numbers mix in it."""
+    of: str = ""
+    """What to call it for those who hear the page, where it has no caption."""
+
+    @property
+    def groups(self) -> list[list[Sequence[Cell]]]:
+        """The rows, those of one run together."""
+        return [list(rows) for _, rows in groupby(self.rows, key=lambda row: row[0].text if self.of_runs else "")]
+
+    @property
+    def of_runs(self) -> bool:
+        """Whether each row belongs to a run, so that paper is cut between the runs."""
+        return bool(self.rows) and all("run" in row[0].tone.split() for row in self.rows)
 
     @property
     def numeric(self) -> list[bool]:
@@ -157,6 +172,39 @@ def count(value: float | None, absent: str = "–", exact: bool = True) -> Cell:
     if value is None or not math.isfinite(value):
         return missing(absent)
     return Cell(("" if exact else "≈ ") + f"{value:,.0f}", str(value))
+
+
+def size(value: float | None, absent: str = "not known") -> Cell:
+    """A number of bytes in the unit that leaves at most four digits before the point.
+
+    Example:
+
+    >>> size(3 * 2**30).text, size(1536).text, size(12).text
+    ('3.00 GiB', '1.50 KiB', '12 B')
+    """
+    if value is None or not math.isfinite(value):
+        return missing(absent)
+    power = next((k for k in (4, 3, 2, 1) if abs(value) >= 1024**k), 0)
+    shown = f"{value / 1024**power:,.2f}" if power else f"{value:,.0f}"
+    return Cell(f"{shown} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}", str(value))
+
+
+def span(seconds: float | None, absent: str = "not known") -> Cell:
+    """A length of time.
+
+    Example:
+
+    >>> span(3.25).text, span(75.5).text, span(7260).text
+    ('3.2 s', '1 min 16 s', '2 h 1 min')
+    """
+    if seconds is None or not math.isfinite(seconds):
+        return missing(absent)
+    whole = round(seconds)
+    if whole < 60:
+        return Cell(f"{seconds:.1f} s", str(seconds))
+    if whole < 3600:
+        return Cell(f"{whole // 60} min {whole % 60} s", str(seconds))
+    return Cell(f"{whole // 3600:,} h {whole % 3600 // 60} min", str(seconds))
 
 
 def setting(value: Any) -> Cell:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_pretrain_ext import _host, data
 from hf_pretrain_ext.buffer import (
@@ -58,7 +59,7 @@ class BufferCallback(TrainerPlugin):
 
     Args:
         folder (`str`, *optional*): of the buffer; made if absent, gone on with if there is one. Defaults to
-            `replay_buffer` in `output_dir`.
+            `_replay_buffer` in `output_dir`; pushes to the Hub leave out what begins with `_`.
         max_bytes (`int` or `str`, *optional*, defaults to `"1 GB"`): of all its files: an int, or `"500 MB"`,
             `"2 GiB"`; from 1 MiB on. Rows take up to two thirds. (The default is ours.)
         seed (`int`, *optional*, defaults to 0): of the sample.
@@ -107,7 +108,7 @@ class BufferCallback(TrainerPlugin):
         self.begin()
 
     def _where(self, output_dir: str) -> Path:
-        return self.folder or Path(output_dir) / "replay_buffer"
+        return self.folder or Path(output_dir) / "_replay_buffer"
 
     # Checks
 
@@ -127,6 +128,12 @@ class BufferCallback(TrainerPlugin):
                     "a stream is read on one rank, which sends the others tensors and no rows",
                     "Pass accelerator_config={'dispatch_batches': False}.",
                 )
+        if setup.args.push_to_hub and _is_pushed(where, Path(setup.args.output_dir)):
+            yield Problem(
+                self.name,
+                f"{where} lies in output_dir, which push_to_hub uploads: rows of the training data would be published",
+                "Keep it elsewhere, or in a folder whose name begins with '_', which pushes leave out.",
+            )
         try:
             known = read_manifest(where)
         except ReplayBufferError as error:
@@ -522,3 +529,12 @@ def _store(writer: BufferWriter, parts: list[Any], schema: pa.Schema | None, thr
         writer.add(pa.concat_tables([table for table, _ in tables]), numbers, through=through, seen=seen)
     else:
         writer.add([], through=through, seen=seen)
+
+
+def _is_pushed(folder: Path, output_dir: Path) -> bool:
+    """Whether the host's push of `output_dir` takes `folder` along."""
+    folder, output_dir = folder.resolve(), output_dir.resolve()
+    if not folder.is_relative_to(output_dir):
+        return False
+    first = folder.relative_to(output_dir).parts[:1]
+    return not first or not first[0].startswith(("_", f"{PREFIX_CHECKPOINT_DIR}-"))

@@ -157,10 +157,17 @@ class PluginRun:
         """Writes an event of this step to trace.jsonl."""
         self._trace.write(event, self.step, **data)
 
+    @property
+    def notes(self) -> list[str]:
+        """What the checks remarked without refusing it."""
+        return sorted(map(str, self._shown))
+
     def say(self, message: str, level: int = logging.INFO) -> None:
-        """Prints lines at the terminal, on one rank."""
+        """Prints lines at the terminal, on one rank; warnings of a run under way stand in the trace too."""
         if self.is_main:
             say(message, level)
+            if level >= logging.WARNING and self.active:
+                self.trace("warning", message=message)
 
     def collate_rows(self, dataset: Any, rows: Sequence[int]) -> dict[str, Any]:
         """Some rows as a batch, columns removed that the model does not take, by the trainer's own collator."""

@@ -90,7 +90,7 @@ class _Conductor(TrainerCallback):
         self.session = Session(run)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.session.begin(sorted(map(str, self.run._shown)))
+        self.session.begin(self.run.notes)
         self.run.on_train_begin()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

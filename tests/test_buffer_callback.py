@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import settings
 import test_buffer
 import tiny
 import torch
+import transformers
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from test_distributed import WHERE, launch
 from transformers import Trainer, TrainerCallback, default_data_collator
 
@@ -52,7 +55,7 @@ def run(folder: Path, *plugins: Any, **settings: Any) -> tuple[Trainer, list[lis
 
 
 def kept(folder: Path) -> list[list[int]]:
-    return ReplayBuffer.open(folder / "replay_buffer").dataset()["input_ids"][:]
+    return ReplayBuffer.open(folder / "_replay_buffer").dataset()["input_ids"][:]
 
 
 def stream(number: int = 40, seed: int = 0) -> Any:
@@ -80,7 +83,7 @@ def test_what_is_kept_is_what_was_seen(name: str, planned: bool, tmp_path: Path)
     assert len(seen) == 24 and len(new) == (18 if planned else 24)
     # A stream that the host gives to two workers is read by both, one batch in turn; order is by number all the same.
     assert kept(tmp_path) == new
-    found = ReplayBuffer.open(tmp_path / "replay_buffer")
+    found = ReplayBuffer.open(tmp_path / "_replay_buffer")
     assert found.seen == len(new) and found.share == 1
     dataset = found.dataset()
     assert dataset.column_names == ["input_ids", "labels"] and dataset["labels"][:] == dataset["input_ids"][:]
@@ -95,7 +98,7 @@ def test_later_passes_add_nothing(planned: bool, streamed: bool, tmp_path: Path)
     run(tmp_path, BufferCallback(max_bytes=MIB), *plugins, data=data, max_steps=8)
     found = kept(tmp_path)
     assert sorted(found) == sorted(tiny.rows(10)["input_ids"][:])
-    assert ReplayBuffer.open(tmp_path / "replay_buffer").seen == 10
+    assert ReplayBuffer.open(tmp_path / "_replay_buffer").seen == 10
 
 
 def long_rows(number: int, seed: int = 0) -> Dataset:
@@ -113,10 +116,10 @@ def test_a_full_buffer_is_the_reference_sample(workers: int, tmp_path: Path) -> 
     data = long_rows(1600)
     _, seen = run(tmp_path, BufferCallback(max_bytes=MIB, seed=3), data=data, dataloader_num_workers=workers, **LARGE)
     expected = test_buffer.reference(3, [ROW] * 1536, LIMIT)
-    found = ReplayBuffer.open(tmp_path / "replay_buffer")
+    found = ReplayBuffer.open(tmp_path / "_replay_buffer")
     assert found.numbers.tolist() == expected and len(expected) == LIMIT // ROW
     assert kept(tmp_path) == [seen[number] for number in expected]
-    assert test_buffer.disk(tmp_path / "replay_buffer") <= MIB
+    assert test_buffer.disk(tmp_path / "_replay_buffer") <= MIB
     assert found.seen == 1536
 
 
@@ -145,11 +148,11 @@ def test_a_resume_counts_nothing_twice(streamed: bool, tmp_path: Path) -> None:
     run(tmp_path / "whole", BufferCallback(max_bytes=MIB), data=data(), **LARGE)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", BufferCallback(max_bytes=MIB), Stops(9, 19), data=data(), **LARGE)
-    ahead = ReplayBuffer.open(tmp_path / "cut" / "replay_buffer")
+    ahead = ReplayBuffer.open(tmp_path / "cut" / "_replay_buffer")
     assert ahead.manifest.through > 9 * 64
     resumed = extend(tiny.trainer(tmp_path / "cut", BufferCallback(max_bytes=MIB), data=data(), **LARGE))
     resumed.train(resume_from_checkpoint=True)
-    whole, again = (ReplayBuffer.open(tmp_path / name / "replay_buffer") for name in ("whole", "cut"))
+    whole, again = (ReplayBuffer.open(tmp_path / name / "_replay_buffer") for name in ("whole", "cut"))
     assert again.numbers.tolist() == whole.numbers.tolist()
     assert again.seen == whole.seen == 1536 and again.manifest.bound == whole.manifest.bound
     assert again.dataset()["input_ids"][:] == whole.dataset()["input_ids"][:]
@@ -159,7 +162,7 @@ def test_a_checkpoint_waits_for_what_was_seen_before_it(tmp_path: Path) -> None:
     """With a cadence of many steps, the rows of all steps up to a save are on disk when it is made."""
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, BufferCallback(max_bytes="1 GB"), Stops(5, 5), max_steps=9)
-    assert ReplayBuffer.open(tmp_path / "replay_buffer").manifest.through == 20
+    assert ReplayBuffer.open(tmp_path / "_replay_buffer").manifest.through == 20
     assert (tmp_path / "checkpoint-5" / "hf_pretrain_ext" / "manifest.json").is_file()
 
 
@@ -182,7 +185,7 @@ def test_a_new_run_asks_about_one_that_was_broken_off(tmp_path: Path) -> None:
         with pytest.raises(ReplayBufferError, match=r"12 rows, from number 0 on.*resume_from_checkpoint"):
             run(tmp_path, BufferCallback(max_bytes=MIB), **other)
     run(tmp_path, BufferCallback(max_bytes=MIB, unfinished="drop"), seed=4)
-    found = ReplayBuffer.open(tmp_path / "replay_buffer")
+    found = ReplayBuffer.open(tmp_path / "_replay_buffer")
     assert found.seen == len(found) == 24
 
 
@@ -195,9 +198,9 @@ def test_a_run_that_begins_again_adds_nothing_twice(streamed: bool, tmp_path: Pa
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, BufferCallback(max_bytes=MIB), Stops(99, 4), data=data())
-    assert ReplayBuffer.open(tmp_path / "replay_buffer").seen > 0
+    assert ReplayBuffer.open(tmp_path / "_replay_buffer").seen > 0
     _, seen = run(tmp_path, BufferCallback(max_bytes=MIB), data=data())
-    found = ReplayBuffer.open(tmp_path / "replay_buffer")
+    found = ReplayBuffer.open(tmp_path / "_replay_buffer")
     assert kept(tmp_path) == seen and found.seen == 24 and len(found.manifest.stages) == 1
 
 
@@ -235,7 +238,7 @@ def test_weights_are_those_without_it(tmp_path: Path) -> None:
 
     with_it, without = train("with", BufferCallback(max_bytes=MIB)), train("without")
     assert tiny.same_weights(with_it, without)
-    assert ReplayBuffer.open(tmp_path / "with" / "replay_buffer").share < 1
+    assert ReplayBuffer.open(tmp_path / "with" / "_replay_buffer").share < 1
 
 
 def test_columns_that_the_model_does_not_take_are_left_out(tmp_path: Path) -> None:
@@ -246,7 +249,7 @@ def test_columns_that_the_model_does_not_take_are_left_out(tmp_path: Path) -> No
             plugins = [ReplayCallback(tiny.rows(30, seed=9), ratio=0.25)] if planned else []
             folder = tmp_path / f"{name}-{planned}"
             run(folder, BufferCallback(max_bytes=MIB), *plugins, data=data)
-            dataset = ReplayBuffer.open(folder / "replay_buffer").dataset()
+            dataset = ReplayBuffer.open(folder / "_replay_buffer").dataset()
             assert dataset.column_names == ["input_ids", "labels"]
 
 
@@ -271,7 +274,7 @@ def test_a_stop_before_the_end_leaves_the_stage_open(tmp_path: Path) -> None:
     stop = ForgettingCallback({"old": tiny.rows(9, seed=8)}, every=2, stop_if={"old": 1e-9})
     trained, _ = run(tmp_path, BufferCallback(max_bytes=MIB), stop, learning_rate=1.0)
     assert trained.state.global_step < 6
-    assert not ReplayBuffer.open(tmp_path / "replay_buffer").manifest.stages[-1].finished
+    assert not ReplayBuffer.open(tmp_path / "_replay_buffer").manifest.stages[-1].finished
 
 
 def test_a_disk_that_is_full_ends_training_with_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +292,7 @@ def test_a_disk_that_is_full_ends_training_with_one_error(tmp_path: Path, monkey
     with pytest.raises(ReplayBufferError, match="could not be written"):
         trainer.train()
     monkeypatch.undo()
-    assert len(ReplayBuffer.open(tmp_path / "replay_buffer")) >= 4
+    assert len(ReplayBuffer.open(tmp_path / "_replay_buffer")) >= 4
 
 
 def test_a_collator_without_dicts_is_named(tmp_path: Path) -> None:
@@ -323,14 +326,14 @@ def test_two_ranks_keep_what_one_keeps(where: str, tmp_path: Path) -> None:
         run(tmp_path / f"one-{name}", *settings.make(tuple(plugins)), per_device_train_batch_size=8)
         launch(tmp_path, f"{where}-{name}", where, plugins=plugins)
         one, two = (
-            ReplayBuffer.open(tmp_path / folder / "replay_buffer") for folder in (f"one-{name}", f"{where}-{name}")
+            ReplayBuffer.open(tmp_path / folder / "_replay_buffer") for folder in (f"one-{name}", f"{where}-{name}")
         )
         assert two.numbers.tolist() == one.numbers.tolist() and two.seen == one.seen == len(one) >= 30
         assert two.dataset()["input_ids"][:] == one.dataset()["input_ids"][:]
         if where == "ddp":
             saved = str(tmp_path / f"{where}-{name}" / "checkpoint-3")
             launch(tmp_path, f"{where}-{name}", where, plugins=plugins, resume_from=saved)
-            again = ReplayBuffer.open(tmp_path / f"{where}-{name}" / "replay_buffer")
+            again = ReplayBuffer.open(tmp_path / f"{where}-{name}" / "_replay_buffer")
             assert again.numbers.tolist() == one.numbers.tolist() and again.seen == one.seen
 
 
@@ -338,8 +341,8 @@ def test_two_ranks_keep_what_one_keeps(where: str, tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_used_ends_all_ranks(tmp_path: Path) -> None:
     from test_distributed import start
 
-    (tmp_path / "ddp" / "replay_buffer").mkdir(parents=True)
-    (tmp_path / "ddp" / "replay_buffer" / "buffer.json").write_text("{}")
+    (tmp_path / "ddp" / "_replay_buffer").mkdir(parents=True)
+    (tmp_path / "ddp" / "_replay_buffer" / "buffer.json").write_text("{}")
     done = start(tmp_path, "ddp", "ddp", plugins=["buffer"])
     assert done.returncode != 0 and "buffer.json cannot be read" in done.stderr
 
@@ -360,6 +363,38 @@ def test_killed_at_random_moments_it_keeps_what_a_run_left_alone_keeps(tmp_path:
     kills = int(os.environ.get("KILLS", "12"))
     report = kill_until_done(functools.partial(Forked, "buffered", folder), folder, kills, seed=2, seconds=3.0)
     assert compare_runs(alone, folder) == [] and report.kills >= 3
-    one, other = (ReplayBuffer.open(where / "replay_buffer") for where in (alone, folder))
+    one, other = (ReplayBuffer.open(where / "_replay_buffer") for where in (alone, folder))
     assert other.numbers.tolist() == one.numbers.tolist() and other.seen == one.seen
     assert other.dataset()["input_ids"][:] == one.dataset()["input_ids"][:]
+
+
+def test_a_push_leaves_the_buffer_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the patterns that the host hands to the Hub's client, which applies them."""
+    sent: list[str] = []
+
+    def upload_folder(folder_path: str, ignore_patterns: list[str], **kwargs: Any) -> None:
+        files = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
+        sent.extend(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+
+    hub = SimpleNamespace(
+        create_repo=lambda name, **kwargs: SimpleNamespace(repo_id=f"someone/{name}"), upload_folder=upload_folder
+    )
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
+    trainer = tiny.trainer(tmp_path, BufferCallback(max_bytes="1 MiB"), push_to_hub=True, hub_model_id="m")
+    extend(trainer).train()
+    trainer.push_to_hub()
+    assert len(ReplayBuffer.open(tmp_path / "_replay_buffer")) > 0
+    assert "model.safetensors" in sent and not [name for name in sent if "buffer" in name]
+
+
+@pytest.mark.parametrize("inside", ["replayed", ""])
+def test_a_buffer_that_would_be_published_is_refused(
+    inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = SimpleNamespace(create_repo=lambda name, **kwargs: SimpleNamespace(repo_id=f"someone/{name}"))
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
+    plugin = BufferCallback(tmp_path / inside, max_bytes="1 MiB")
+    with pytest.raises(PluginError, match="rows of the training data would be published"):
+        extend(tiny.trainer(tmp_path, plugin, push_to_hub=True, hub_model_id="m"))
+    # Without a push it is nobody's business.
+    extend(tiny.trainer(tmp_path, BufferCallback(tmp_path / "replayed", max_bytes="1 MiB")))

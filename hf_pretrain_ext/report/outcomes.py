@@ -30,7 +30,13 @@ _LISTED = 6
 """Events of one kind in a row that are listed; of more, the first and the last."""
 _ROUTINE = ("start", "log", "probe", "forgetting", "usage", "memory", "buffer", "metadata", "benchmarks")
 """Events that other sections show."""
-_LOUD = {"alert": "bad", "stop": "bad", "nonfinite": "bad", "interrupted": "bad", "resume": "differs", "end": "good"}
+_LOUD = {
+    **dict.fromkeys(("alert", "stop", "nonfinite", "interrupted", "warning"), "bad"),
+    "resume": "differs",
+    "end": "good",
+}
+_SAID = ("alert", "stop", "nonfinite")
+"""Events that are said as a warning besides."""
 _SEEDS = ("seed", "data_seed", "full_determinism")
 
 
@@ -47,7 +53,13 @@ def events(runs: Sequence[RunRecord]) -> Section:
     rows = []
     for index, run in enumerate(runs):
         label = run_cell(runs, index)
-        found = [event for event in run.events if event["event"] not in (*_ROUTINE, "session")]
+        said = {event["step"] for event in run.events if event["event"] in _SAID}
+        found = [
+            event
+            for event in run.events
+            if event["event"] not in (*_ROUTINE, "session")
+            and not (event["event"] == "warning" and event["step"] in said)
+        ]
         rows += [
             [label, count(session.step), text("warning", "bad"), text(note)]
             for session in run.sessions[:1]
@@ -142,6 +154,7 @@ _TELL: dict[str, Callable[[dict[str, Any]], str]] = {
     "nonfinite": _nonfinite_words,
     "mixture": _mixture_words,
     "interrupted": _interrupted_words,
+    "warning": lambda event: str(event.get("message", "")),
     "end": lambda event: "training ended",
 }
 

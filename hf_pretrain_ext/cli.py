@@ -94,7 +94,7 @@ def _memory(arguments: list[str]) -> int:
     parser = _parser(
         "memory",
         "Bytes of weights, gradients and optimizer state, activations apart, of training a model: GradNormLoRP beside "
-        "other optimizers. Only the config is read.",
+        "other optimizers; and of the copies that other plug-ins keep. Only the config is read.",
     )
     parser.add_argument("config", help="a folder or config.json, or a name on the Hub")
     parser.add_argument("--rank", type=int, help="default: a quarter of the hidden size")
@@ -110,7 +110,9 @@ def _memory(arguments: list[str]) -> int:
     import torch
     from transformers import AutoConfig
 
+    from hf_pretrain_ext.footprint import copies_table
     from hf_pretrain_ext.gradnormlorp import comparison_table
+    from hf_pretrain_ext.gradnormlorp.memory import on_meta
 
     if options.config.count("/") != 1 and not Path(options.config).exists():
         sys.exit(f"hf-pretrain-ext: {options.config} is no folder or file, nor a name on the Hub (owner/name)")
@@ -125,6 +127,8 @@ def _memory(arguments: list[str]) -> int:
             target_modules=options.target_modules or "all-linear",
             dtype=getattr(torch, options.dtype),
         )
+        trained = sum(param.numel() for param in on_meta(config).parameters())
+        lines += ["", *copies_table(trained, getattr(torch, options.dtype))]
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"hf-pretrain-ext: {error}")
     print("\n".join(lines))

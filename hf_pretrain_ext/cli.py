@@ -37,8 +37,8 @@ A recipe is a YAML file:
   forgetting: {sets: {general: {path: json, data_files: held_out.jsonl}}}
 
 Further sections: eval_data, trainer (trainer or sft), plan (order, seed, window), on_nonfinite (report, stop or skip),
-and any installed plug-in by its name. `training` takes all fields of TrainingArguments (of SFTConfig with
-`trainer: sft`).
+continue_from (a checkpoint, to begin the next stage of its life) or anneal (checkpoint, steps), and any installed
+plug-in by its name. `training` takes all fields of TrainingArguments (of SFTConfig with `trainer: sft`).
 """
 
 

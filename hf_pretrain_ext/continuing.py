@@ -20,6 +20,7 @@ from hf_pretrain_ext.base_model import Base, look_up
 from hf_pretrain_ext.checkpoint import CheckpointError
 from hf_pretrain_ext.data import tokenizer_fingerprint
 from hf_pretrain_ext.loading import carry_optimizer, fits, is_sharded, load_weights, state_of
+from hf_pretrain_ext.nonfinite import Action
 from hf_pretrain_ext.run import PluginRun
 from hf_pretrain_ext.stages import Beginning, Stage, check_name
 from hf_pretrain_ext.trainer import PlanConfig, extend
@@ -41,6 +42,8 @@ def continue_from(
     name: str | None = None,
     *,
     revision: str | None = None,
+    plan: PlanConfig | None = None,
+    on_nonfinite: Action | None = None,
 ) -> T:
     """
     Begins a new stage: old weights, new data, counters, schedule and plan of its own. Returns the trainer, extended.
@@ -64,6 +67,8 @@ def continue_from(
             at every boundary. `()` takes the history alone, for a model that was loaded from there already.
         name (`str`, *optional*): of the new stage, and of its data in later ones; `"stage-2"` and so on by default.
         revision (`str`, *optional*): of a model on the Hub.
+        plan ([`PlanConfig`], *optional*), on_nonfinite (`str`, *optional*): as those of [`extend`], which cannot come
+            before where a plug-in needs the history (`from_history=True`).
 
     Raises:
         [`~hf_pretrain_ext.checkpoint.CheckpointError`]: an incomplete checkpoint, weights that do not fit, another
@@ -85,7 +90,7 @@ def continue_from(
     if name is not None:
         check_name(name, origin.stages)
     began = Beginning(origin.stages, given_name=name, parent=origin.parent, carry=carry, told=True)
-    _begin(trainer, origin, began)
+    _begin(trainer, origin, began, plan, on_nonfinite)
     last = origin.stages[-1]
     lines = origin.base.lines() if origin.base else []
     if last.annealed:
@@ -101,6 +106,9 @@ def anneal(
     shape: str = "exponential",
     min_lr: float | str = "10%",
     name: str | None = None,
+    *,
+    plan: PlanConfig | None = None,
+    on_nonfinite: Action | None = None,
 ) -> T:
     """
     Begins a branch to deploy: weights and moments of a checkpoint, its last learning rate taken down in `steps` steps.
@@ -119,6 +127,7 @@ def anneal(
         min_lr (`float` or `str`, *optional*, defaults to `"10%"`): the last rate, absolute or relative to the peak of
             the schedule that the checkpoint stood in.
         name (`str`, *optional*): of the branch; `"anneal-2"` and so on by default.
+        plan ([`PlanConfig`], *optional*), on_nonfinite (`str`, *optional*): as those of [`extend`].
 
     Raises:
         [`~hf_pretrain_ext.checkpoint.CheckpointError`], [`PluginError`], `ValueError`, `TypeError`: as
@@ -168,7 +177,7 @@ def anneal(
     )
     kept, trainer.args.max_steps = trainer.args.max_steps, length
     try:
-        _begin(trainer, origin, began)
+        _begin(trainer, origin, began, plan, on_nonfinite)
     except BaseException:
         trainer.args.max_steps = kept
         raise
@@ -288,7 +297,9 @@ def _about_annealed(last: Stage, origin: Origin) -> str:
 # Beginning
 
 
-def _begin(trainer: Any, origin: Origin, began: Beginning) -> None:
+def _begin(
+    trainer: Any, origin: Origin, began: Beginning, plan: PlanConfig | None, on_nonfinite: Action | None
+) -> None:
     """Checks the whole, then loads, then drops what an earlier training left; on an error nothing was changed."""
     _check_output_dir(trainer, origin)
     _check_vocabulary(trainer, origin)
@@ -301,7 +312,7 @@ def _begin(trainer: Any, origin: Origin, began: Beginning) -> None:
     run.stage.set(began, fill=fill)
     trainer._plugin_run = run
     try:
-        extend(trainer)
+        extend(trainer, plan=plan, on_nonfinite=on_nonfinite)
         if trainer.model_init is None:
             model = load(trainer.model)
             if model is not trainer.model:

@@ -11,6 +11,10 @@
 With `metadata: {template: "URL: {domain}\\n\\n", block_size: 1024}` in place of `pack`, all data are raw documents;
 `control: {thresholds: 0.5}` there puts control tokens before them.
 
+A later stage of a model's life: `continue_from: runs/first/checkpoint-1000` begins it, `model` left out is that of the
+checkpoint, and `replay: {from_history: true, ratio: 0.05}` replays what earlier stages read. `anneal: {checkpoint:
+runs/first/checkpoint-1000, steps: 150}` makes a branch to deploy.
+
 A key that nobody knows is an error that names the nearest one. Nothing in a recipe or a dataset is executed.
 """
 
@@ -102,6 +106,37 @@ class PackConfig:
 
 
 @dataclass
+class ContinueConfig:
+    """A stage after others; see `hf_pretrain_ext.continue_from`."""
+
+    checkpoint: str = field(metadata={"help": "A checkpoint of a run with plug-ins, a folder, or a name on the Hub."})
+    carry: list[str] = field(default_factory=lambda: ["weights"], metadata={"help": "weights, optimizer."})
+    name: str | None = field(default=None, metadata={"help": "Of the new stage."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise ValueError("checkpoint is empty: give a checkpoint folder, or a name on the Hub")
+        if not set(self.carry) <= {"weights", "optimizer"}:
+            raise ValueError(f"carry may hold 'weights' and 'optimizer', got {shown(self.carry)}")
+
+
+@dataclass
+class AnnealConfig:
+    """A branch to deploy; see `hf_pretrain_ext.anneal`."""
+
+    checkpoint: str = field(metadata={"help": "A checkpoint of a run with plug-ins, in its constant phase, say."})
+    steps: str = field(metadata={"help": "Length of the branch: steps, or text such as 1B tokens."})
+    shape: Literal["exponential", "linear", "cosine"] = field(default="exponential", metadata={"help": "Of the rate."})
+    min_lr: str = field(default="10%", metadata={"help": "The last rate, absolute or relative to the peak."})
+    name: str | None = field(default=None, metadata={"help": "Of the branch."})
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise ValueError("checkpoint is empty: give a checkpoint folder")
+
+
+@dataclass
 class Recipe:
     """A run: what is in the file, checked as far as it can be without loading model and data."""
 
@@ -120,6 +155,8 @@ class Recipe:
     metadata: dict[str, Any] | None = None
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
     on_nonfinite: Action = "report"
+    continue_from: ContinueConfig | None = None
+    anneal: AnnealConfig | None = None
 
     def build(self) -> Any:
         """The extended Trainer of this recipe: model, tokenizer and data are loaded here.
@@ -253,11 +290,11 @@ def _apply(given: dict[str, Any], change: str) -> None:
 
 _SECTIONS = (
     *("model", "data", "eval_data", "trainer", "training", "pack", "plan", "on_nonfinite"),
-    *("rewarm", "replay", "forgetting", "metadata"),
+    *("rewarm", "replay", "forgetting", "metadata", "continue_from", "anneal"),
 )
 
 
-_OPTIONAL = ("eval_data", "pack", "plan", "rewarm", "replay", "forgetting", "metadata")
+_OPTIONAL = (*("eval_data", "pack", "plan", "rewarm", "replay", "forgetting", "metadata", "continue_from", "anneal"),)
 
 
 def _recipe(given: dict[str, Any]) -> Recipe:
@@ -266,11 +303,15 @@ def _recipe(given: dict[str, Any]) -> Recipe:
         from hf_pretrain_ext.registry import installed_plugins
 
         _known(plugins, {*_SECTIONS, *installed_plugins()}, "the recipe")
+    # A name with nothing behind it is as good as none.
+    given = {name: value for name, value in given.items() if value is not None or name not in _OPTIONAL}
+    stage = _stage(given)
+    if "model" not in given and stage:
+        begun = next(iter(stage.values()))
+        given["model"] = {"name_or_path": begun.checkpoint, "revision": getattr(begun, "revision", None)}
     for name in ("model", "data", "training"):
         if name not in given:
             raise RecipeError(f"{name} is missing")
-    # A name with nothing behind it is as good as none.
-    given = {name: value for name, value in given.items() if value is not None or name not in _OPTIONAL}
     model = given["model"]
     actions = get_args(Action)
     if given.get("on_nonfinite", "report") not in actions:
@@ -284,6 +325,7 @@ def _recipe(given: dict[str, Any]) -> Recipe:
         eval_data=_made(DataConfig, given["eval_data"], "eval_data") if "eval_data" in given else None,
         pack=_made(PackConfig, given["pack"], "pack") if "pack" in given else None,
         plugins={name: _plugin(name, {} if values is None else values) for name, values in plugins.items()},
+        **stage,
     )
     for name, spec in (("data", recipe.data), ("eval_data", recipe.eval_data)):
         _without_weight(spec, name)
@@ -300,13 +342,21 @@ def _recipe(given: dict[str, Any]) -> Recipe:
     if "replay" in given:
         from hf_pretrain_ext.callbacks import ReplayCallback
 
-        recipe.replay, recipe.replay_sources = _with_data(given["replay"], "replay", "sources", ReplayConfig, ())
+        past = isinstance(given["replay"], Mapping) and given["replay"].get("from_history") is True
+        if past and not stage:
+            raise RecipeError("replay.from_history: there is no history without `continue_from` or `anneal`")
+        recipe.replay, recipe.replay_sources = _with_data(
+            given["replay"], "replay", "sources", ReplayConfig, ("from_history",), optional=past
+        )
         weights = {name: spec.weight for name, spec in recipe.replay_sources.items() if spec.weight is not None}
         if weights:
             if recipe.replay.get("weights") is not None:
                 raise RecipeError("replay: weights are given there and with the sources: keep one of the two")
             recipe.replay["weights"] = weights
-        _tried(ReplayCallback, {"dataset": dict.fromkeys(recipe.replay_sources, ()), **recipe.replay}, "replay")
+        if past and weights:
+            raise RecipeError("replay: with from_history, the shares of sources follow from what was read; no weights")
+        sources = dict.fromkeys(recipe.replay_sources, ())
+        _tried(ReplayCallback, {"data" if past else "dataset": sources, **recipe.replay}, "replay")
     if "forgetting" in given:
         from hf_pretrain_ext.callbacks import ForgettingCallback
 
@@ -322,6 +372,21 @@ def _recipe(given: dict[str, Any]) -> Recipe:
     if recipe.trainer == "sft" and recipe.pack:
         raise RecipeError("pack: SFTTrainer packs by itself; set training.packing and training.max_length instead")
     return recipe
+
+
+def _stage(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`continue_from` or `anneal`, as far as a recipe holds one."""
+    found: dict[str, Any] = {}
+    if "continue_from" in given:
+        value = given["continue_from"]
+        found["continue_from"] = _made(
+            ContinueConfig, {"checkpoint": value} if isinstance(value, str) else value, "continue_from"
+        )
+    if "anneal" in given:
+        found["anneal"] = _made(AnnealConfig, given["anneal"], "anneal", numbers_as_text=True)
+    if len(found) == 2:
+        raise RecipeError("continue_from and anneal: a stage is one or the other; leave one out")
+    return found
 
 
 def _metadata(given: Any, recipe: Recipe) -> dict[str, Any]:
@@ -376,14 +441,16 @@ def _without_weight(spec: DataConfig | None, section: str) -> None:
 
 
 def _with_data(
-    given: Any, section: str, key: str, config: type, more: tuple[str, ...]
+    given: Any, section: str, key: str, config: type, more: tuple[str, ...], optional: bool = False
 ) -> tuple[dict[str, Any], dict[str, DataConfig]]:
     """A section that holds datasets by name under `key` beside the settings of `config` and `more`."""
     settings = dict(_settings(given, section))
     names = {f.name for f in dataclasses.fields(config)} | {key, *more}
     _known(settings, names, section)
     if settings.get(key) is None or settings[key] == {}:
-        raise RecipeError(f"{section}.{key} is missing: name at least one dataset")
+        if not optional:
+            raise RecipeError(f"{section}.{key} is missing: name at least one dataset")
+        settings[key] = {}
     data = {}
     for name, values in _settings(settings.pop(key), f"{section}.{key}").items():
         text = name if isinstance(name, str) else shown(name)

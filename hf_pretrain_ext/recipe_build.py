@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ def build(recipe: Recipe) -> Any:
     """The extended Trainer of a recipe; see [`~hf_pretrain_ext.recipe.Recipe.build`]."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-    from hf_pretrain_ext import extend
+    from hf_pretrain_ext import anneal, continue_from, extend
 
     with _naming("training"):
         args = arguments_class(recipe.trainer)(**recipe.training)
@@ -63,6 +63,7 @@ def build(recipe: Recipe) -> Any:
         held_out = _held_out(recipe, recipe.eval_data, tokenizer) if recipe.eval_data else None
         callbacks = _callbacks(recipe, tokenizer)
     collator = _collator(recipe, train, tokenizer, model)
+    staged = recipe.continue_from or recipe.anneal
     with _naming("training"):
         trainer = _trainer_class(recipe)(
             model=model,
@@ -70,9 +71,38 @@ def build(recipe: Recipe) -> Any:
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
+            # A new stage extends the trainer once its plug-ins can be told of those before.
+            callbacks=callbacks if staged else None,
             **collator,
         )
-    return extend(trainer, *callbacks, plan=recipe.plan_config(), on_nonfinite=recipe.on_nonfinite)
+    common: dict[str, Any] = {"plan": recipe.plan_config(), "on_nonfinite": recipe.on_nonfinite}
+    if recipe.continue_from is not None:
+        begun = recipe.continue_from
+        with _naming("continue_from"):
+            return continue_from(
+                trainer, begun.checkpoint, tuple(begun.carry), begun.name, revision=begun.revision, **common
+            )
+    if recipe.anneal is not None:
+        branch = recipe.anneal
+        with _naming("anneal"):
+            return anneal(
+                trainer,
+                branch.checkpoint,
+                _number(branch.steps, int),
+                branch.shape,
+                _number(branch.min_lr, float),
+                branch.name,
+                **common,
+            )
+    return extend(trainer, *callbacks, **common)
+
+
+def _number(value: Any, kind: Callable[[str], Any]) -> Any:
+    """A length or rate that a recipe or a change on the command line wrote as text, as the number that it is."""
+    try:
+        return kind(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _revision(recipe: Recipe) -> str | None:
@@ -185,7 +215,8 @@ def _callbacks(recipe: Recipe, tokenizer: Any) -> list[Any]:
             name: _rows(recipe, spec, tokenizer, f"replay.sources.{name}")
             for name, spec in recipe.replay_sources.items()
         }
-        made.append(ReplayCallback(sources, **recipe.replay))
+        past = recipe.replay.get("from_history") is True
+        made.append(ReplayCallback(**{"data" if past else "dataset": sources, **recipe.replay}))
     if recipe.forgetting is not None:
         sets = {
             name: _rows(recipe, spec, tokenizer, f"forgetting.sets.{name}")

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from hf_pretrain_ext import PluginError, read_trace
 from hf_pretrain_ext.callbacks import ForgettingCallback, MetadataCallback, ReplayCallback, RewarmCallback
@@ -20,6 +22,7 @@ from hf_pretrain_ext.cli import main
 from hf_pretrain_ext.demo.tokenizer import train_tokenizer
 from hf_pretrain_ext.metadata import ControlTokens, Template
 from hf_pretrain_ext.recipe import RecipeError, load_recipe
+from hf_pretrain_ext.stages import read_stages
 
 WORDS = "the cat sat on the mat and the dog ran over the hill to see what the bird had made of it".split()
 
@@ -252,6 +255,91 @@ def test_resume_from_the_command_line(world: Path, tmp_path: Path) -> None:
     refused = command("train", path, *saving, "--set", "rewarm.peak_lr=5e-3", "--resume")
     assert refused.returncode == 1 and "hf-pretrain-ext: cannot resume" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def first_stage(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in the constant phase of an infinite schedule."""
+    output = tmp_path_factory.mktemp("first") / "out"
+    settings = recipe(world, output, rewarm={"peak_lr": 1e-2, "schedule": "infinite_cosine", "total_steps": 15})
+    settings["training"] |= {"max_steps": 12, "save_strategy": "steps", "save_steps": 12}
+    path = written(output.parent / "first.yaml", {k: v for k, v in settings.items() if k != "replay"})
+    assert main(["train", str(path)]) == 0
+    return output / "checkpoint-12"
+
+
+def later(world: Path, output: Path, **sections: Any) -> dict[str, Any]:
+    """A recipe without model, rate and replay of its own."""
+    settings = recipe(world, output)
+    for name in ("model", "rewarm", "replay", "forgetting"):
+        settings.pop(name, None)
+    return {**settings, **sections}
+
+
+def test_a_stage_after_others(world: Path, first_stage: Path, tmp_path: Path) -> None:
+    """Weights of the checkpoint, its constant rate, its data replayed, its history."""
+    old = {"path": "json", "data_files": str(world / "new.jsonl")}
+    settings = later(
+        world,
+        tmp_path / "out",
+        data={"path": "json", "data_files": str(world / "old.jsonl")},
+        continue_from={"checkpoint": str(first_stage), "name": "second"},
+        rewarm={"peak_lr": 1e-2, "schedule": "infinite_cosine", "total_steps": 40},
+        replay={"from_history": True, "ratio": 0.25, "sources": {"stage-1": old}},
+        plan={"seed": 5},
+    )
+    made = load_recipe(written(tmp_path / "r.yaml", settings)).build()
+    before = load_file(first_stage / "model.safetensors")
+    assert all(torch.equal(made.model.state_dict()[name], value) for name, value in before.items())
+    made.train()
+    stages = read_stages(tmp_path / "out")
+    assert [stage.name for stage in stages] == ["base", "stage-1", "second"] and stages[2].seed == 5
+    rates = {line["learning_rate"] for line in made.state.log_history if "learning_rate" in line}
+    assert rates == {stages[1].rate}
+    assert {source.name: source.replayed for source in stages[2].sources} == {"second": False, "stage-1": True}
+
+
+def test_a_branch_to_deploy(world: Path, first_stage: Path, tmp_path: Path) -> None:
+    settings = later(world, tmp_path / "out", anneal={"checkpoint": str(first_stage), "steps": 5, "min_lr": "10%"})
+    path = written(tmp_path / "r.yaml", settings)
+    assert main(["train", str(path), "--set", "anneal.steps=4"]) == 0
+    stages = read_stages(tmp_path / "out")
+    assert [stage.kind for stage in stages] == ["unknown", "stage", "anneal"] and stages[2].steps == 4
+    scalars = [line.get("scalars", {}) for line in read_trace(tmp_path / "out")]
+    logged = [each["learning_rate"] for each in scalars if "learning_rate" in each]
+    first, last = stages[1].rate, stages[1].peak / 10
+    assert logged == pytest.approx([first * (last / first) ** (step / 4) for step in range(4)])
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"continue_from": ""}, "continue_from: checkpoint is empty"),
+        ({"continue_from": {"carry": ["weights"]}}, "continue_from.checkpoint is missing"),
+        ({"continue_from": {"checkpoint": "a", "carry": ["moments"]}}, "carry may hold 'weights' and 'optimizer'"),
+        ({"continue_from": {"checkpoint": "a", "from": "b"}}, "continue_from has no setting 'from'"),
+        ({"anneal": {"checkpoint": "a"}}, "anneal.steps is missing"),
+        ({"anneal": {"checkpoint": "a", "steps": 3, "shape": "wsd"}}, "anneal.shape must be"),
+        ({"anneal": {"checkpoint": "a", "steps": 3}, "continue_from": "a"}, "a stage is one or the other"),
+        ({"replay": {"from_history": True, "ratio": 0.1}}, "there is no history without `continue_from`"),
+        ({"model": None}, "model is missing"),
+    ],
+)
+def test_what_is_wrong_with_a_stage_is_named(
+    sections: dict[str, Any], message: str, world: Path, tmp_path: Path
+) -> None:
+    settings = {**recipe(world, tmp_path / "out"), **sections}
+    if settings["model"] is None:
+        del settings["model"]
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(written(tmp_path / "r.yaml", settings))
+
+
+def test_a_stage_after_nothing_is_one_message(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {**recipe(world, tmp_path / "out"), "continue_from": str(tmp_path / "nowhere")}
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(written(tmp_path / "r.yaml", settings))])
+    assert "continue_from" in str(ended.value) and "nowhere" in str(ended.value)
 
 
 def test_kill_test_of_a_recipe(world: Path, tmp_path: Path) -> None:

@@ -40,6 +40,28 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def first_stage(world: Path) -> Path:
+    """A checkpoint in the constant phase of an infinite schedule, as a recipe makes one."""
+    folder = world / "first"
+    (world / "stage-1.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in text(60, 9)))
+    first = {
+        "model": str(world / "model"),
+        "data": {"path": "json", "data_files": str(world / "stage-1.jsonl")},
+        "pack": {"block_size": 48, "seed": 0},
+        "training": {
+            **SMALL,
+            "output_dir": str(folder),
+            "learning_rate": 1e-3,
+            "save_strategy": "steps",
+            "save_steps": 8,
+        },
+        "rewarm": {"peak_lr": 1e-3, "schedule": "infinite_cosine", "total_steps": 10},
+    }
+    (world / "first.yaml").write_text(yaml.safe_dump(first))
+    load_recipe(world / "first.yaml").build().train()
+    return folder / "checkpoint-8"
+
+
 def shrunk(content: dict[str, Any], world: Path, output: Path) -> dict[str, Any]:
     """The same recipe with a tiny model, files made here, short blocks and few steps."""
 
@@ -54,6 +76,10 @@ def shrunk(content: dict[str, Any], world: Path, output: Path) -> dict[str, Any]
         return value
 
     made = files(content)
+    if "continue_from" in made:
+        made["continue_from"]["checkpoint"] = str(first_stage(world))
+        made["replay"]["sources"]["stage-1"]["data_files"] = str(world / "stage-1.jsonl")
+        made["model"] = str(world / "model")
     model = made["model"] if isinstance(made["model"], dict) else {"name_or_path": made["model"]}
     made["model"] = {**model, "name_or_path": str(world / "model")}
     made["training"] |= {**SMALL, "output_dir": str(output)}
@@ -86,4 +112,4 @@ def test_a_recipe_is_one_and_runs(path: Path, world: Path, tmp_path: Path) -> No
 
 
 def test_there_is_one_for_each_common_case() -> None:
-    assert {path.stem for path in RECIPES} == {"code", "domain_24gb", "instruct_model", "new_language"}
+    assert {path.stem for path in RECIPES} == {"code", "domain_24gb", "instruct_model", "many_stages", "new_language"}

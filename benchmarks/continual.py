@@ -433,7 +433,8 @@ class Results:
         left = [(run, seed) for run, seed in wanted if (run.name, seed) not in self.done]
         total, finished, began = len(left), 0, time.perf_counter()
         cores, spawn = len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(cores, mp_context=spawn, max_tasks_per_child=8) as pool:
+        # Without max_tasks_per_child: with it, Python 3.11 stops handing out tasks once a worker was replaced.
+        with ProcessPoolExecutor(cores, mp_context=spawn) as pool:
             working: set[Future[dict[str, Any]]] = set()
             while left or working:
                 ready = [(run, seed) for run, seed in left if run.parent is None or (run.parent, seed) in self.done]

@@ -317,6 +317,7 @@ def test_the_reader_of_a_random_collator_is_found(tmp_path: Path) -> None:
     assert tiny.same_weights(train("with", BufferCallback(max_bytes=MIB)), train("without"))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("where", WHERE)
 def test_two_ranks_keep_what_one_keeps(where: str, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def launch(folder: Path, name: str, base: str, where: str = "ddp") -> list[dict[
     return [torch.load(path, weights_only=True) for path in found]
 
 
-@pytest.mark.parametrize("where", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("where", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_stage_on_two_ranks_is_that_of_one(where: str, folder: Path, one: dict[str, Any]) -> None:
     """History, counts and rates exactly; weights and figures within float tolerance; ranks alike bit for bit."""
     two = launch(folder, where, str(folder / "first" / "checkpoint-4"), where)
@@ -60,6 +60,7 @@ def test_a_stage_on_two_ranks_is_that_of_one(where: str, folder: Path, one: dict
     assert float(gaps.max()) < 2e-4
 
 
+@pytest.mark.slow
 def test_what_one_rank_refuses_all_refuse(folder: Path) -> None:
     """A damaged checkpoint, and weights for a model that is split over ranks: no rank is left waiting."""
     damaged = folder / "damaged" / "checkpoint-4"

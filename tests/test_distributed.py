@@ -257,6 +257,7 @@ def test_projected_gradients_refuse_what_is_sharded(where: str, folder: Path) ->
     assert "gradnormlorp: " in done.stderr and "needs whole matrices" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["ddp", "fsdp2"])
 def test_reptile_on_two_ranks(where: str, folder: Path) -> None:
     """As one process up to rounding; the ranks alike; under DDP a resume inside an interval is bit-exact."""
@@ -279,7 +280,7 @@ def test_reptile_is_refused_where_deepspeed_would_undo_it(folder: Path) -> None:
     assert done.returncode != 0 and "its next step would undo the interpolation" in done.stderr
 
 
-@pytest.mark.parametrize("plugin", ["meta_tokens", "meta_tokens-lora"])
+@pytest.mark.parametrize("plugin", ["meta_tokens", pytest.param("meta_tokens-lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["ddp", *WHERE[2:]])
 def test_meta_tokens_on_two_ranks(where: str, plugin: str, folder: Path) -> None:
     """Samples with the meta-tokens that one process gives them; the ranks alike; a resume that is bit-exact."""
@@ -329,7 +330,8 @@ def test_metadata_on_two_ranks(where: str, folder: Path) -> None:
             assert resumed[rank]["counts"] == two[rank]["counts"]
 
 
-@pytest.mark.parametrize("plugin", [pytest.param("metadata-control", marks=pytest.mark.slow), "metadata-segments"])
+@pytest.mark.slow
+@pytest.mark.parametrize("plugin", ["metadata-control", "metadata-segments"])
 @pytest.mark.parametrize("where", ["ddp", *WHERE[2:]])
 def test_control_tokens_on_two_ranks(where: str, plugin: str, folder: Path) -> None:
     """Rows that every rank gives its model, where it had room (the first) and where it had not: as in one process."""

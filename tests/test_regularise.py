@@ -504,7 +504,7 @@ def test_what_is_said_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ("plugin", "where"),
     [
         ("l2_init", "ddp"),
-        ("l2_init", "fsdp2"),
+        pytest.param("l2_init", "fsdp2", marks=pytest.mark.slow),
         ("self_distillation", "ddp"),
         pytest.param("self_distillation", "zero2", marks=needs_deepspeed),
     ],

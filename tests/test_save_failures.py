@@ -38,7 +38,11 @@ def build(folder: Any, *callbacks: Any) -> Any:
     return extend(tiny.trainer(folder, *settings.make(settings.TOGETHER), *callbacks, **SAVING))
 
 
-@pytest.mark.parametrize("limit", [0, 2_000, 20_000, 50_000], ids=lambda limit: f"{limit} bytes")
+@pytest.mark.parametrize(
+    "limit",
+    [0, 20_000, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (2_000, 50_000))],
+    ids=lambda limit: f"{limit} bytes",
+)
 def test_a_full_disk(limit: int, tmp_path: Path) -> None:
     """Wherever in the save the disk is full: at the first byte, in the weights, in the optimizer's state."""
     script = FULL.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "run"), limit=limit)

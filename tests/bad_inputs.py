@@ -2459,19 +2459,6 @@ add(
     ("when else", call(BenchmarkCallback, "a", when="during"), "when must be one of ('before', 'after', 'both')"),
     ("instruction", call(BenchmarkCallback, "a", system_instruction=1), "system_instruction must be text, got 1"),
     ("chat", call(BenchmarkCallback, "a", apply_chat_template="yes"), "apply_chat_template must be"),
-    (
-        "task nobody knows",
-        extending(
-            lambda: BenchmarkCallback("letter", include_path=settings.LM_EVAL_TASKS),
-            processing_class=tiny.tokenizer(),
-        ),
-        "lm-eval knows no task 'letter'. `lm_eval ls tasks` lists them",
-    ),
-    (
-        "questions without a tokenizer",
-        extending(lambda: BenchmarkCallback("letters", include_path=settings.LM_EVAL_TASKS)),
-        "needs a tokenizer, and processing_class is NoneType. Build the Trainer with processing_class=tokenizer",
-    ),
     ("pull negative", call(L2InitCallback, -1), "strength must be a number from 0 on, such as 0.1, got -1"),
     ("pull to a disk", call(L2InitCallback, anchor_device="disk"), "anchor_device must be one of ('weights', 'cpu')"),
     (
@@ -2494,6 +2481,19 @@ add(
         "buffer for longer rows",
         buffered(data=lambda: new_rows(length=4000)),
         "a row of 48,008 bytes is more than 1/64 of the rows that max_bytes=1,048,576 has room for",
+    ),
+    (
+        "task nobody knows",
+        extending(
+            lambda: BenchmarkCallback("letter", include_path=settings.LM_EVAL_TASKS),
+            processing_class=tiny.tokenizer(),
+        ),
+        "lm-eval knows no task 'letter'. `lm_eval ls tasks` lists them",
+    ),
+    (
+        "questions without a tokenizer",
+        extending(lambda: BenchmarkCallback("letters", include_path=settings.LM_EVAL_TASKS)),
+        "needs a tokenizer, and processing_class is NoneType. Build the Trainer with processing_class=tokenizer",
     ),
     ("pull of nothing", extending(lambda: L2InitCallback(0)), "would change nothing with strength=0. Raise it"),
     (

@@ -43,7 +43,7 @@ STEPS = {"small": 60, "full": 488}
 
 SEEDS = {"small": 2, "full": 3}
 RANK = 32
-SWEEP = (1e-3, 3e-3, 1e-2)
+SWEEP = (1e-3, 3e-3, 1e-2, 3e-2)
 """Peak rates that the low-rank arms are tried at, on the first seed."""
 
 
@@ -237,7 +237,8 @@ def corpora(folder: Path) -> dict[str, Any]:
                 documents = [document.text for document in getattr(corpus, part)]
                 ids = blocks(encode_documents(tokenizer, documents), BLOCK)["input_ids"]
                 made[f"{name}_{part}"] = np.array(ids[:], dtype=np.uint16)
-        np.savez(path, **made)
+        np.savez(folder / "partial.npz", **made)
+        (folder / "partial.npz").replace(path)
     return dict(np.load(path))
 
 
@@ -424,8 +425,12 @@ class Results:
     def __init__(self, folder: Path, scale: str):
         self.folder, self.scale, self.path = folder, scale, folder / "runs.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        runs = [run for run in map(json.loads, lines) if run["scale"] == scale]
+        text = self.path.read_text() if self.path.exists() else ""
+        if text and not text.endswith("\n"):
+            # A kill tore the last line: that run is made again.
+            text = text[: text.rfind("\n") + 1]
+            self.path.write_text(text)
+        runs = [run for run in map(json.loads, text.splitlines()) if run["scale"] == scale]
         self.done: dict[tuple[str, int], dict[str, Any]] = {(run["run"], run["seed"]): run for run in runs}
 
     def make(self, wanted: list[tuple[Run, int]]) -> None:
@@ -494,11 +499,11 @@ class Page:
     def values(self, name: str, what: str, domain: str) -> list[float]:
         return [run[what][domain] for run in self.runs(name)]
 
-    def difference(self, name: str, other: str, domain: str) -> list[float]:
+    def difference(self, name: str, other: str, domain: str, what: str = "losses") -> list[float]:
         """Within each seed: what the runs of a seed share is not in its interval."""
         both = [seed for seed in self.seeds if {(name, seed), (other, seed)} <= set(self.results.done)]
         done = self.results.done
-        return [done[name, seed]["losses"][domain] - done[other, seed]["losses"][domain] for seed in both]
+        return [done[name, seed][what][domain] - done[other, seed][what][domain] for seed in both]
 
     def row(self, name: str, label: str | None = None, against: str = FULL) -> str:
         old, new = self.values(name, "losses", "english"), self.values(name, "losses", "german")
@@ -660,9 +665,7 @@ def write_page(results: Results, path: Path) -> None:
     lines.append("")
     subset = "a quarter, 4 epochs, 18 % old"
     if page.runs(subset):
-        depth = [
-            a["gap"]["english"] - b["gap"]["english"] for a, b in zip(page.runs(subset), page.runs(FULL), strict=False)
-        ]
+        depth = d(subset, FULL, "english", "gap")
         lines += _claim(
             "several epochs on a subset with the old mixture rate make the gap smaller, and learn more.",
             f"depth {_cell(depth, signed=True)}, new loss {_cell(d(subset, FULL, 'german'), signed=True)}, minus one "

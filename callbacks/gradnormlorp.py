@@ -194,7 +194,8 @@ class GradNormLoRPCallback(TrainerPlugin):
             try:
                 GradNormLoRP(self.groups(model), lr=1.0)
             except ValueError as error:
-                yield Problem(self.name, str(error).rstrip("."), "Nothing else of the run has to change.")
+                message, _, fix = str(error).rstrip(".").partition(". ")
+                yield Problem(self.name, message, f"{fix or 'Change that setting of GradNormLoRPCallback'}.")
         if self.adapter is not None:
             # A second train() finds the model that the first has wrapped.
             if _is_adapted(model) and model is not self._wrapped:

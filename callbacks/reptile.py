@@ -99,7 +99,13 @@ class ReptileCallback(TrainerPlugin):
         except ValueError as error:
             yield Problem(self.name, str(error), "Give `every` in steps.")
             return
-        if not 1 <= every <= setup.total_steps:
+        if every < 1:
+            yield Problem(
+                self.name,
+                f"every={self.every!r} is less than a step of the {setup.total_steps:,} of the run",
+                "Raise it, or give it in steps, such as every=1.",
+            )
+        elif every > setup.total_steps:
             yield Problem(
                 self.name,
                 f"every={self.every!r} is {every:,} of the {setup.total_steps:,} steps of the run: it would change "
@@ -146,7 +152,9 @@ class ReptileCallback(TrainerPlugin):
             return []
         marks = self.marks(self.run.total_steps)
         bytes_kept = anchor_bytes(self.run.model)
-        left = self.run.total_steps - marks[-1] if marks else 0
+        if not marks:
+            return [f"{self.name}: no interpolation in {self.run.total_steps:,} steps, every={self.every!r}"]
+        left = self.run.total_steps - marks[-1]
         return [
             f"{self.name}: {len(marks)} interpolations, every {marks[0]:,} steps, {self.epsilon:g} of the way kept; "
             f"a copy of the weights of {bytes_kept / 1e6:.2f} MB ({self.anchor_device})",

@@ -5,6 +5,7 @@ Each is here because no public one does the job; `tests/test_host.py` fails when
 Overridden in `PluginTrainerMixin`:
     Trainer._maybe_log_save_evaluate   the only moment after the host's log line and before its save
     Trainer._save_checkpoint           the SIGTERM checkpoint calls it directly; `on_save` comes after push and pruning
+    Trainer._save                      pickles the arguments, a Hub token among them, beside weights that are pushed
     Trainer._get_grad_norm             the norm of a step's gradients, which the host computes anyway
     Trainer._hp_search_setup           the moment in train() at which the arguments, a search's included, are settled
     Trainer._load_from_checkpoint      weights whose names in the file are not the model's are left out, with a warning
@@ -72,6 +73,7 @@ PRIVATE = {
         "_load_rng_state",
         "_maybe_log_save_evaluate",
         "_save_checkpoint",
+        "_save",
         "_save_rng_state",
         "_remove_unused_columns",
         "_get_collator_with_removed_columns",

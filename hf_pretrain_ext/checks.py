@@ -151,15 +151,6 @@ def _host_problems(setup: Setup) -> list[Problem]:
                     f"Remove that method, or the plug-in that needs {method}.",
                 )
             )
-    if args.push_to_hub and args.hub_token:
-        problems.append(
-            Problem(
-                "hub_token",
-                "the host writes it, readable, into training_args.bin, which it pushes",
-                "Leave hub_token out and log in (`hf auth login`), or set HF_TOKEN.",
-                level="note",
-            )
-        )
     problems.extend(_distributed_problems(setup))
     problems.extend(_packing_problems(setup))
     asked = processes_asked_for() if setup.args.world_size == 1 else 1

@@ -121,7 +121,7 @@ def _memory(arguments: list[str]) -> int:
         text = config.get_text_config()
         lines = comparison_table(
             config,
-            options.rank or text.hidden_size // 4,
+            text.hidden_size // 4 if options.rank is None else options.rank,
             options.bits,
             options.projector_bits,
             target_modules=options.target_modules or "all-linear",

@@ -28,7 +28,8 @@ TRACE_NAME = "trace.jsonl"
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "bitsandbytes", "lm_eval")
 
 
-_SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}\b")
+# No boundary before it: in JSON a line break is "\\n", whose n is a letter.
+_SECRET = re.compile(r"(hf|api_org)_[A-Za-z0-9]{16,}")
 
 
 def scrubbed(text: str) -> str:
@@ -38,6 +39,8 @@ def scrubbed(text: str) -> str:
 
     >>> scrubbed("train.py --token hf_aBcDeFgHiJkLmNoP")
     'train.py --token <token>'
+    >>> scrubbed(json.dumps("\\nhf_aBcDeFgHiJkLmNoP")), scrubbed("my_hf_aBcDeFgHiJkLmNoP"), scrubbed("hf_pretrain_ext")
+    ('"\\\\n<token>"', 'my_<token>', 'hf_pretrain_ext')
     """
     return _SECRET.sub("<token>", text)
 

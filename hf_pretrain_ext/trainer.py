@@ -438,6 +438,14 @@ class PluginTrainerMixin(_Base):
         # The last file that every rank writes: after this, the manifest finds them all.
         self.accelerator.wait_for_everyone()
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # The host pickles its arguments beside the weights, and pushes them.
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run = self._plugin_run
         if run.updated_at == self.state.global_step:

@@ -61,6 +61,7 @@ SIGNATURES = {
     "Trainer._load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "Trainer._load_rng_state": ["checkpoint"],
     "Trainer._save_checkpoint": ["model", "trial"],
+    "Trainer._save": ["output_dir", "state_dict"],
     "Trainer._save_rng_state": ["output_dir"],
     "Trainer._remove_unused_columns": ["dataset", "description"],
     "Trainer._get_collator_with_removed_columns": ["data_collator", "description"],

@@ -131,17 +131,18 @@ def hashed(address: Any) -> str | None:
 
 
 def url(address: Any) -> str | None:
-    """The whole address without its scheme: MeCo's "full URL".
+    """The whole address without its scheme and without a user's name and password: MeCo's "full URL".
 
     Example:
 
-    >>> url("https://en.wikipedia.org/wiki/A?b=c")
-    'en.wikipedia.org/wiki/A?b=c'
+    >>> url("https://en.wikipedia.org/wiki/A?b=c"), url("https://user:secret@a.org/x@y")
+    ('en.wikipedia.org/wiki/A?b=c', 'a.org/x@y')
     """
     if address is None:
         return None
     text = re.sub(r"^[a-z][a-z0-9+.-]*://", "", str(address).strip(), flags=re.IGNORECASE)
-    return text or None
+    host, slash, rest = text.partition("/")
+    return host.rpartition("@")[2] + slash + rest or None
 
 
 EXTRACTORS: dict[str, Callable[[Any], str | None]] = {

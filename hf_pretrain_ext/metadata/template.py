@@ -169,11 +169,20 @@ class Template:
     def format(self, **values: Any) -> str:
         """The template with given values, cleaned; for `condition` at inference.
 
+        A field of None or "" is `constant`, as in training, where rows that lack it are given that.
+
         Raises:
-            `ValueError`: for a field that is left out or unknown.
+            `ValueError`: for a field that is left out or unknown, or without a value where training has none for that.
         """
         if set(values) != set(self._sources):
             raise ValueError(f"the fields of the template are {self.fields}, got {sorted(values)}")
+        lacking = [name for name, value in values.items() if value is None or value == ""]
+        if lacking and self.missing != "constant":
+            raise ValueError(
+                f"{', '.join(lacking)} must have a value, got {values[lacking[0]]!r}. Pass one, or the prompt "
+                "as it is, without metadata"
+            )
+        values = {name: self.constant if name in lacking else value for name, value in values.items()}
         made = {name: clean(value, self.max_characters) for name, value in values.items()}
         return "".join(literal + ("" if name is None else made[name]) for literal, name in self._parts)
 

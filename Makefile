@@ -69,7 +69,7 @@ test-architectures: $(STAMP) ## every plug-in on every family; writes docs/archi
 	$(BIN)/python tests/architectures.py .architectures.jsonl docs/architectures.md
 	rm -f .architectures.jsonl
 
-test-kill: $(STAMP) ## kill runs at random moments: KILLS=20 for each of seven settings
+test-kill: $(STAMP) ## kill runs at random moments: KILLS=20 for each setting of tests/kill_worker.py
 	KILLS=$(KILLS) $(PYTEST) -s -m kill
 
 docs: $(STAMP) ## the site, into site/, with warnings as errors

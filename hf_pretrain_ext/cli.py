@@ -19,7 +19,7 @@ _COMMANDS = {
     "train": "train a recipe",
     "report": "one HTML page from the traces of runs",
     "card": "the continued-pretraining section of a model card, from a run's trace",
-    "memory": "bytes that training a model takes with GradNormLoRP, beside other optimizers",
+    "memory": "bytes that training a model takes with GradNormLoRP and with other optimizers, and what plug-ins keep",
     "merge": "average checkpoints, LiNeS, instruction residual; intruder dimensions of adapters",
     "kill-test": "kill a recipe's run at random moments, and see that it comes to the same end",
     "plugins": "list the plug-ins that are installed, other packages' too",

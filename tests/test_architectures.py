@@ -33,6 +33,10 @@ PLUGINS = (
     "meta_tokens",
     "metadata",
     "metadata-control",
+    "reptile",
+    "l2_init",
+    "self_distillation",
+    "buffer",
 )
 METADATA = ("metadata", "metadata-control")
 LEAKING = ("OPT", "BLOOM", "Falcon", "MPT", "Mamba", "Mamba 2", "RWKV")

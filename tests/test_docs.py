@@ -13,6 +13,8 @@ import pytest
 import tiny
 from transformers import default_data_collator
 
+from hf_pretrain_ext import callbacks
+
 pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,8 +74,8 @@ def test_every_page_is_in_the_navigation_and_links_hold(tmp_path: Path) -> None:
     listed = {Path(name).stem for name in re.findall(r": ([\w/]+\.md)", (ROOT / "mkdocs.yml").read_text())}
     assert {path.stem for path in DOCS.glob("*.md")} <= listed | {"index"}
     api = (tmp_path / "site" / "api" / "index.html").read_text("utf-8")
-    for name in ("extend", "ReplayCallback", "LRSchedule", "anchor_bytes"):
-        assert name in api
+    for name in ("extend", "continue_from", "LRSchedule", "anchor_bytes", *callbacks.__all__):
+        assert name in api, name
     for card in (ROOT / "model_cards" / "methods").glob("*.md"):
         assert (tmp_path / "site" / "methods" / card.stem / "index.html").is_file()
     # Nothing is fetched by who reads it.

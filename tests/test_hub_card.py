@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from hf_pretrain_ext import extend
 from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
 from hf_pretrain_ext.hub_card import BEGIN, END, check_metadata, read_facts, write_card
-from hf_pretrain_ext.hub_card.writing import cell, with_section
+from hf_pretrain_ext.hub_card.writing import cell, section, with_section
 from hf_pretrain_ext.trace import read_trace
 
 
@@ -83,6 +84,18 @@ def test_nothing_is_left_open(run: Any, tmp_path: Path) -> None:
     assert text_of(run, tmp_path).count("not recorded") <= 2
     for file in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
         assert (tmp_path / file).stat().st_size > 1000
+
+
+def test_what_the_machine_and_the_base_said_is_shown(run: Any, tmp_path: Path) -> None:
+    assert re.search(r"At the highest: 0\.\d\d GB of main memory in the first process\.", text_of(run, tmp_path))
+    facts = dataclasses.replace(
+        read_facts(run.args.output_dir),
+        base_licence="apache-2.0",
+        peaks={"device": 21_500_000_000, "resident": 3_000_000_000},
+    )
+    text = section(facts, {"base_model": "org/base"}, {})
+    assert "[org/base](https://huggingface.co/org/base). Its card states the licence apache-2.0." in text
+    assert "At the highest: 21.50 GB of tensors on the device, 3.00 GB of main memory in the first process." in text
 
 
 def test_names_make_no_markup(run: Any, tmp_path: Path) -> None:

@@ -65,6 +65,10 @@ class CardFacts:
     tokens: int | None
     seconds: float | None
     memory: dict[str, Any]
+    peaks: dict[str, int]
+    """Bytes at the highest, where they were recorded: `resident` of the first process, `device`."""
+    base_licence: str | None
+    """As the card of the base says."""
     versions: dict[str, str]
     arguments: dict[str, Any]
     command: str | None
@@ -128,6 +132,8 @@ def read_facts(folder: str | Path, *, adapter: bool | None = None, base_model: s
         tokens=_total(counts),
         seconds=_seconds(record),
         memory=_memory(record),
+        peaks=_peaks(record),
+        base_licence=_licence(mapping(known.get("card")).get("license")),
         versions={str(k): str(v) for k, v in mapping(record.start.get("versions")).items()} if record else {},
         arguments=dict(record.arguments) if record is not None else {},
         command=scrubbed(str(record.start["command"])) if record is not None and record.start.get("command") else None,
@@ -214,6 +220,21 @@ def _seconds(record: RunRecord | None) -> float | None:
         return None
     found = [number(mapping(event.get("scalars")).get("train_runtime")) for event in record.of("log")]
     return next((value for value in reversed(found) if value), None)
+
+
+def _peaks(record: RunRecord | None) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for event in record.of("usage") if record is not None else []:
+        for name, key in (("resident", "peak_resident"), ("device", "device_peak")):
+            if (value := _whole(event.get(key))) is not None:
+                found[name] = max(found.get(name, 0), value)
+    return found
+
+
+def _licence(value: Any) -> str | None:
+    """One licence or several, as cards state them."""
+    names = value if isinstance(value, list) else [value]
+    return ", ".join(name for name in names if isinstance(name, str) and name) or None
 
 
 def _memory(record: RunRecord | None) -> dict[str, Any]:

@@ -597,6 +597,23 @@ def rows_of(folder: Path, names: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def against_the_goal(rows: list[dict[str, Any]]) -> list[str]:
+    """The goal in words: a lower loss than GaLore and LoRA at equal rank, in fewer bytes."""
+    by_name = {row["arm"]: row for row in rows}
+    peers = [by_name[name] for name in ("GaLore", "LoRA", "DoRA", "APOLLO") if name in by_name]
+    lines = ["The goal was a lower loss than GaLore's and LoRA's at equal rank, in fewer bytes of state:", ""]
+    for name in ("ours", "ours, norm=None"):
+        if name in by_name:
+            row = by_name[name]
+            told = [
+                f"{peer['arm']} {row['loss'] - peer['loss']:+.4f} nats in "
+                f"{row['state_bytes'] / peer['state_bytes']:.0%} of the bytes"
+                for peer in peers
+            ]
+            lines.append(f"- *{name}* against {', '.join(told)}.")
+    return [*lines, ""] if len(lines) > 2 else []
+
+
 def page(folder: Path) -> str:
     """The results as Markdown; a section whose results are missing says how to make them."""
 
@@ -640,6 +657,7 @@ def page(folder: Path) -> str:
             "head in full, as in the tables of the GaLore family; galore-torch and apollo-torch keep their moments in "
             "32 bits on a CPU.",
         ),
+        *against_the_goal(rows_of(folder, list(ARMS))),
         *section(
             "options",
             "Options",
@@ -668,7 +686,8 @@ def page(folder: Path) -> str:
                 f"{row['state_bytes'] / 1e6:.1f} MB |"
             ),
             "`optimizer.step()` alone on two cores, interleaved; median, and the bootstrap 95 % interval of the ratio "
-            "in one round. bitsandbytes is weak on a CPU.",
+            "in one round. bitsandbytes is weak on a CPU. *Slowest* are rounds in which others had the cores: every "
+            "optimizer has such.",
         ),
         *section(
             "throughput",

@@ -190,10 +190,19 @@ def environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def command(*arguments: Any, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node"],
+    "accelerate": [
+        *("accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"),
+        *("--dynamo_backend", "no", "--main_process_port", "0", "--num_processes"),
+    ],
+}
+
+
+def command(*arguments: Any, ranks: int = 0, launcher: str = "torchrun") -> subprocess.CompletedProcess[str]:
     start = [sys.executable, "-m"]
     if ranks:
-        start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+        start += [*LAUNCHERS[launcher], str(ranks), "-m"]
     return subprocess.run(
         [*start, "hf_pretrain_ext", *map(str, arguments)],
         env=environment(),
@@ -227,20 +236,25 @@ def test_plan_train_report(world: Path, tmp_path: Path) -> None:
     assert "<html" in page and "replay" in page and "forgetting" in page
 
 
-def test_torchrun_trains_the_same_run(world: Path, tmp_path: Path) -> None:
-    """Two ranks of 2 samples see what one rank of 4 sees; one of them prints, plans and writes."""
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_several_ranks_train_the_same_run(launcher: str, world: Path, tmp_path: Path) -> None:
+    """Two ranks of 2 samples see what one rank of 4 sees; one of them prints, plans and writes.
+
+    `accelerate launch` starts one process on a CPU, however many are asked for.
+    """
     losses = {}
-    for ranks in (0, 2):
+    several = 2 if launcher == "torchrun" else 1
+    for ranks in (0, several):
         output = tmp_path / str(ranks)
         path = written(tmp_path / f"{ranks}.yaml", recipe(world, output))
         size = ["--set", f"training.per_device_train_batch_size={4 // max(ranks, 1)}"]
-        done = command("train", path, *size, ranks=ranks)
+        done = command("train", path, *size, ranks=ranks, launcher=launcher)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("makes a page of it") == 1
         trace = read_trace(output)
         assert ended(output)["counts"]["old"]["samples"] == 6
         losses[ranks] = [line["scalars"]["loss"] for line in trace if "loss" in line.get("scalars", {})]
-    assert losses[0] == pytest.approx(losses[2], rel=1e-3) and len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[several], rel=1e-3) and len(losses[0]) == 6
 
 
 def test_resume_from_the_command_line(world: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -272,6 +273,12 @@ class GradNormLoRPCallback(TrainerPlugin):
         self._measured = True
         held, planned = measured_state(self._optimizer), self.memory.state
         self._say(f"optimizer state: {held / 1e6:.2f} MB held, {planned / 1e6:.2f} MB planned")
+        if abs(held - planned) > 0.01 * planned:
+            self.run.say(
+                f"{self.name}: the optimizer holds {held:,} bytes where {planned:,} were planned, more than 1 % off: the "
+                "plan of the peak is off as well. Please report the model and the settings",
+                logging.WARNING,
+            )
         self.run.trace("memory", state=held, planned=planned, plan=vars(self.memory), peak=self.memory.peak)
 
     def _say(self, line: str) -> None:

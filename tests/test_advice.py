@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -130,11 +129,14 @@ def test_a_trained_scorer_prefers_what_it_was_trained_on() -> None:
     assert select_best(scores, share=1.0) == [0, 1, 2, 3]
 
 
+def test_without_kenlm_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kenlm", None)
+    with pytest.raises(ImportError, match="needs the package kenlm: install it, or use PerplexityScorer"):
+        KenLMScorer("model.arpa")
+
+
 def test_kenlm(tmp_path: Path) -> None:
-    if importlib.util.find_spec("kenlm") is None:
-        with pytest.raises(ImportError, match="needs the package kenlm: install it, or use PerplexityScorer"):
-            KenLMScorer("model.arpa")
-        pytest.skip("kenlm is not installed")
+    pytest.importorskip("kenlm", reason="kenlm is not installed")
     arpa = tmp_path / "model.arpa"
     arpa.write_text(
         "\\data\\\nngram 1=5\n\n\\1-grams:\n-1\t<unk>\n0\t<s>\n-1\t</s>\n-0.5\tgood\n-2\tbad\n\n\\end\\\n", "utf-8"

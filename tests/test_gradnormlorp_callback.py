@@ -225,6 +225,20 @@ def test_the_trace_says_what_is_held(
     assert f"gradnormlorp: optimizer state: {megabytes} held, {megabytes} planned" in said
 
 
+@pytest.mark.parametrize(("off", "warned"), [(0.009, False), (0.02, True)])
+def test_a_plan_that_is_off_is_said(
+    off: float, warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first step, from one per cent on."""
+    monkeypatch.setattr(
+        "hf_pretrain_ext.callbacks.gradnormlorp.measured_state", lambda opt: round(measured_state(opt) * (1 + off))
+    )
+    trained(tmp_path, ours(), max_steps=2)
+    said = capsys.readouterr().err
+    assert ("were planned, more than 1 % off" in said) == warned
+    assert [line["event"] for line in read_trace(tmp_path)].count("warning") == warned
+
+
 # --- form B -----------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Generic behaviour of every plug-in, driven by the settings table (DESIGN.md, tests 1, 2, 5, 7 and 8)."""
+"""Generic behaviour of every plug-in, driven by the table in settings.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact resume in a new process, and what is refused as a resume (DESIGN.md, test 3; Settled questions 3)."""
+"""Exact resume in a new process, and what is refused as a resume."""
 
 from __future__ import annotations
 

@@ -78,7 +78,9 @@ def test_right_data_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     plugins = [RewarmCallback(1e-2), ForgettingCallback({"old": ragged}, batch_size=1)]
     said = notes(tmp_path, caplog, *plugins, data=masked)
     assert "train_dataset" not in said and "positions" not in said
-    notes(tmp_path, caplog, ReplayCallback(tiny.rows(9, seed=5).to_list(), ratio=0.25), data=tiny.rows(30).to_list())
+    caplog.clear()
+    lists = ReplayCallback(tiny.rows(9, seed=5).to_list(), ratio=0.25)
+    assert notes(tmp_path, caplog, lists, data=tiny.rows(30).to_list()) == ""
 
 
 def test_labels_that_a_collator_replaces_are_its_own(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """GradNormLoRP beside what one would use instead: loss, bytes of state and speed.
 
-`python benchmarks/gradnormlorp.py pretrain|options|shift|speed|throughput|refresh|memory|report [--output FOLDER]`
+`python benchmarks/gradnormlorp.py all [--output FOLDER]` makes everything, in about four hours of two cores; or one of
+pretrain, options, shift, speed, throughput, refresh, memory, report.
 
     pretrain   a Llama of 1.3M parameters on Python's standard library, 1M tokens an arm: AdamW, AdamW8bit
                (bitsandbytes), GaLore (galore-torch), APOLLO (apollo-torch), LoRA, DoRA (PEFT), ours. Each at its
@@ -728,8 +729,8 @@ def page(folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    whats = ["pretrain", "options", "shift", "speed", "throughput", "refresh", "memory", "report"]
-    parser.add_argument("what", choices=whats)
+    whats = ["memory", "refresh", "speed", "throughput", "pretrain", "options", "shift", "report"]
+    parser.add_argument("what", choices=["all", *whats])
     parser.add_argument("--output", default="gradnormlorp_benchmark", help="folder of what is finished")
     parser.add_argument("--arms", nargs="*", help="some arms only")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many, at the best rate")
@@ -737,23 +738,28 @@ def main() -> None:
     given = parser.parse_args()
     folder = Path(given.output)
     folder.mkdir(parents=True, exist_ok=True)
-    if given.what == "report":
+    for what in whats if given.what == "all" else [given.what]:
+        make(what, folder, given)
+
+
+def make(what: str, folder: Path, given: argparse.Namespace) -> None:
+    if what == "report":
         path = Path(__file__).parents[1] / "docs" / "gradnormlorp.md"
         path.write_text(page(folder))
         print(f"written: {path}")
         return
-    if given.what == "speed":
+    if what == "speed":
         rows = speed(folder, given.pairs)
-    elif given.what == "throughput":
+    elif what == "throughput":
         rows = throughput(given.pairs)
-    elif given.what == "shift":
+    elif what == "shift":
         rows = shift(Runs(folder))
-    elif given.what == "refresh":
+    elif what == "refresh":
         rows = refresh(folder)
-    elif given.what == "memory":
+    elif what == "memory":
         rows = memory_table()
     else:
-        if given.what == "pretrain":
+        if what == "pretrain":
             arms = {name: (name, settings, lr) for name, (_, settings, lr) in ARMS.items()}
         else:
             arms = {f"option {name}": ("ours", settings, OPTION_RATE) for name, settings in OPTIONS.items()}
@@ -761,7 +767,7 @@ def main() -> None:
             name: arm for name, arm in arms.items() if not given.arms or name.removeprefix("option ") in given.arms
         }
         rows = pretrain(Runs(folder), wanted, SEEDS[: given.seeds])
-    (folder / f"{given.what}.json").write_text(json.dumps(rows, indent=1))
+    (folder / f"{what}.json").write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -275,8 +275,8 @@ class GradNormLoRPCallback(TrainerPlugin):
         self._say(f"optimizer state: {held / 1e6:.2f} MB held, {planned / 1e6:.2f} MB planned")
         if abs(held - planned) > 0.01 * planned:
             self.run.say(
-                f"{self.name}: the optimizer holds {held:,} bytes where {planned:,} were planned, more than 1 % off: the "
-                "plan of the peak is off as well. Please report the model and the settings",
+                f"{self.name}: the optimizer holds {held:,} bytes where {planned:,} were planned, more than 1 % off: "
+                "the plan of the peak is off as well. Please report the model and the settings",
                 logging.WARNING,
             )
         self.run.trace("memory", state=held, planned=planned, plan=vars(self.memory), peak=self.memory.peak)

@@ -280,6 +280,20 @@ def test_reptile_is_refused_where_deepspeed_would_undo_it(folder: Path) -> None:
     assert done.returncode != 0 and "its next step would undo the interpolation" in done.stderr
 
 
+@pytest.mark.slow
+def test_benchmarks_on_two_ranks(folder: Path) -> None:
+    """One rank asks, all hold its figures, and those are of one process; training goes on as without."""
+    alone, content = distributed_worker.run(folder / "benchmarks-one", plugins=("benchmarks", "forgetting"))
+    two = launch(folder, "benchmarks-two", "ddp", plugins=["benchmarks", "forgetting"])
+    found = json.loads((folder / "benchmarks-two" / "benchmarks.json").read_text())
+    plugin = next(plugin for plugin in alone.plugin_run.plugins if plugin.name == "benchmarks")
+    assert found["before"] == plugin.found["before"] and set(found["after"]) == {"letters"}
+    assert two[0]["step"] == two[1]["step"] == 6
+    assert all(torch.equal(two[0]["weights"][k], v) for k, v in two[1]["weights"].items())
+    assert two[0]["losses"] == two[1]["losses"]
+    assert two[0]["losses"] == pytest.approx(content["losses"], abs=1e-5)
+
+
 @pytest.mark.parametrize("plugin", ["meta_tokens", pytest.param("meta_tokens-lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["ddp", *WHERE[2:]])
 def test_meta_tokens_on_two_ranks(where: str, plugin: str, folder: Path) -> None:

@@ -182,3 +182,24 @@ def test_from_the_command_line(run: Any, tmp_path: Path, capsys: pytest.CaptureF
     assert main(["card", *arguments]) == 0
     assert str(output) in capsys.readouterr().out
     assert ModelCard.load(output).data.base_model == "org/base"
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "model_cards" / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/README.md")), ids=lambda path: path.parent.name)
+def test_finished_examples_are_cards(path: Path) -> None:
+    """Made by the demo; the Hub's classes read them, their figures are there, their sections those of the template."""
+    text = path.read_text("utf-8")
+    assert text.count(BEGIN) == text.count(END) == 1 and "more information needed" not in text.lower()
+    assert check_metadata(yaml.safe_load(text.split("---")[1])) == []
+    assert ModelCard.load(path).data.eval_results
+    figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert figures and all((path.parent / figure).is_file() for figure in figures)
+    headings = re.findall(r"^### (.+)$", text, flags=re.MULTILINE)
+    template = (EXAMPLES.parent / "templates" / "continued_pretraining.md.j2").read_text("utf-8")
+    assert headings and all(f"### {heading}" in template for heading in headings)
+
+
+def test_there_is_a_finished_example() -> None:
+    assert (EXAMPLES / "demo" / "README.md").is_file()

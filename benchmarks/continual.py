@@ -368,7 +368,6 @@ def train(task: tuple[Run, int, str, str]) -> dict[str, Any]:
             lr_scheduler_type="constant",
             adam_beta2=0.95,
             weight_decay=0.1,
-            bf16=True,
             use_cpu=True,
             seed=seed,
             logging_steps=max(steps // 20, 1),

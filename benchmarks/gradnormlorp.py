@@ -1,7 +1,7 @@
 """GradNormLoRP beside what one would use instead: loss, bytes of state and speed.
 
-`python benchmarks/gradnormlorp.py all [--output FOLDER]` makes everything, in about four hours of two cores; or one of
-pretrain, options, shift, speed, throughput, refresh, memory, report.
+`python benchmarks/gradnormlorp.py all [--output FOLDER]` makes everything (the runs of the page took 6.5 hours of one
+shared core); or one of pretrain, options, shift, speed, throughput, refresh, memory, report.
 
     pretrain   a Llama of 1.3M parameters on Python's standard library, 1M tokens an arm: AdamW, AdamW8bit
                (bitsandbytes), GaLore (galore-torch), APOLLO (apollo-torch), LoRA, DoRA (PEFT), ours. Each at its

@@ -11,7 +11,14 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from hf_pretrain_ext.benchmarks import BenchmarkConfig, Figures, have_lm_eval, run_benchmarks, unknown_tasks
+from hf_pretrain_ext.benchmarks import (
+    BenchmarkConfig,
+    Figures,
+    figure_text,
+    have_lm_eval,
+    run_benchmarks,
+    unknown_tasks,
+)
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
 from hf_pretrain_ext.trace import plain
 from hf_pretrain_ext.values import shown
@@ -35,14 +42,8 @@ class BenchmarkCallback(TrainerPlugin):
         tasks (`str` or `list[str]`): names of tasks or groups, as `lm_eval ls tasks` lists them.
         when (`str`, *optional*, defaults to `"both"`): `"before"` the first step, `"after"` the last, or `"both"`.
             After `load_best_model_at_end`, it is the best model that is measured.
-        num_fewshot (`int`, *optional*): examples before each question; defaults to each task's own number.
-        limit (`int` or `float`, *optional*): questions a task, or a share of them below 1; defaults to all.
-        batch_size (`int`, *optional*, defaults to 8): requests a forward pass.
-        include_path (`str`, *optional*): folder of YAML files with tasks of your own.
-        system_instruction (`str`, *optional*): text before each prompt, such as trained metadata.
-        apply_chat_template (`bool`, *optional*, defaults to `False`): ask through the tokenizer's chat template.
-        bootstrap_iters (`int`, *optional*, defaults to 1000): draws for standard errors that have no formula (lm-eval:
-            100,000); 0 for none of those.
+        num_fewshot, limit, batch_size, include_path, system_instruction, apply_chat_template, bootstrap_iters: as
+            those of [`~hf_pretrain_ext.benchmarks.BenchmarkConfig`], with its defaults.
 
     Raises:
         `ValueError`: at construction, settings out of range.
@@ -149,8 +150,9 @@ class BenchmarkCallback(TrainerPlugin):
         self._measure("after")
         if "after" not in self.found:
             return
+        before = self.found.get("before", {})
         lines = [
-            f"{task} {metric}: {_shown(self.found.get('before', {}).get(task, {}).get(metric))} -> {_shown(figure)}"
+            f"{task} {metric}: {_shown(before.get(task, {}).get(metric))} -> {_shown(figure)}"
             for task, metrics in self.found["after"].items()
             for metric, figure in metrics.items()
         ]
@@ -199,6 +201,4 @@ class BenchmarkCallback(TrainerPlugin):
 
 
 def _shown(figure: dict[str, Any] | None) -> str:
-    if figure is None:
-        return "not measured"
-    return f"{figure['value']:.4f}" + ("" if figure["stderr"] is None else f" ± {figure['stderr']:.4f}")
+    return figure_text(None) if figure is None else figure_text(figure["value"], figure["stderr"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 from hf_pretrain_ext.rng import rng_guard
 from hf_pretrain_ext.values import check_flag, is_number, is_whole, shown
 
-__all__ = ["BenchmarkConfig", "Figures", "have_lm_eval", "run_benchmarks", "unknown_tasks"]
+__all__ = ["BenchmarkConfig", "Figures", "figure_text", "have_lm_eval", "run_benchmarks", "unknown_tasks"]
 
 Figures = dict[str, dict[str, dict[str, Any]]]
 """By task and metric: `value`, `stderr` (None where lm-eval gives none), `higher_is_better` and `samples`."""
@@ -78,6 +79,19 @@ class BenchmarkConfig:
         return {key: value for key, value in asdict(self).items() if key not in ("include_path", "batch_size")}
 
 
+def figure_text(value: float | None, stderr: float | None = None) -> str:
+    """A figure as people read it.
+
+    Example:
+
+    >>> figure_text(0.5, 0.125), figure_text(0.5), figure_text(None)
+    ('0.5000 ± 0.1250', '0.5000', 'not measured')
+    """
+    if value is None:
+        return "not measured"
+    return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+
+
 def have_lm_eval() -> bool:
     try:
         import lm_eval  # noqa: F401
@@ -86,21 +100,22 @@ def have_lm_eval() -> bool:
     return True
 
 
-def _task_manager(config: BenchmarkConfig) -> Any:
+@functools.cache
+def _task_manager(tasks: frozenset[str], include_path: str | None) -> Any:
     """Of the user's own tasks where these are all that is asked: lm-eval's own are thousands of files to read."""
     from lm_eval.tasks import TaskManager
 
-    if config.include_path is not None:
-        own = TaskManager(include_path=config.include_path, include_defaults=False)
-        if set(config.tasks) <= set(own.all_tasks):
+    if include_path is not None:
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if tasks <= set(own.all_tasks):
             return own
-    return TaskManager(include_path=config.include_path)
+    return TaskManager(include_path=include_path)
 
 
 def unknown_tasks(config: BenchmarkConfig) -> list[str]:
     """The names that lm-eval does not know."""
     with _quiet():
-        known = set(_task_manager(config).all_tasks)
+        known = set(_task_manager(frozenset(config.tasks), config.include_path).all_tasks)
     return [task for task in config.tasks if task not in known]
 
 
@@ -142,7 +157,7 @@ def run_benchmarks(model: Any, tokenizer: Any, config: BenchmarkConfig) -> Figur
                 system_instruction=config.system_instruction,
                 apply_chat_template=config.apply_chat_template,
                 bootstrap_iters=config.bootstrap_iters,
-                task_manager=_task_manager(config),
+                task_manager=_task_manager(frozenset(config.tasks), config.include_path),
                 log_samples=False,
             )
     finally:

@@ -85,7 +85,7 @@ def continue_from(
     continue_from(trainer, "runs/english/checkpoint-1000", name="german").train()
     ```
     """
-    carry = _checked_carry(carry)
+    carry = checked_carry(carry)
     origin = _origin(trainer, checkpoint_or_model, revision)
     if name is not None:
         check_name(name, origin.stages)
@@ -193,7 +193,7 @@ def _length(trainer: Any, steps: Any) -> int:
     return length
 
 
-def _checked_carry(carry: Any) -> tuple[str, ...]:
+def checked_carry(carry: Any) -> tuple[str, ...]:
     given = (carry,) if isinstance(carry, str) else tuple(carry)
     unknown = [part for part in given if part not in CARRIED]
     if unknown or len(set(given)) != len(given) or given == ("optimizer",):

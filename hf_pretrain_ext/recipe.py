@@ -117,8 +117,9 @@ class ContinueConfig:
     def __post_init__(self) -> None:
         if not self.checkpoint:
             raise ValueError("checkpoint is empty: give a checkpoint folder, or a name on the Hub")
-        if not set(self.carry) <= {"weights", "optimizer"}:
-            raise ValueError(f"carry may hold 'weights' and 'optimizer', got {shown(self.carry)}")
+        from hf_pretrain_ext.continuing import checked_carry
+
+        checked_carry(self.carry)
 
 
 @dataclass
@@ -294,7 +295,7 @@ _SECTIONS = (
 )
 
 
-_OPTIONAL = (*("eval_data", "pack", "plan", "rewarm", "replay", "forgetting", "metadata", "continue_from", "anneal"),)
+_OPTIONAL = tuple(name for name in _SECTIONS if name not in ("model", "data", "trainer", "training", "on_nonfinite"))
 
 
 def _recipe(given: dict[str, Any]) -> Recipe:

@@ -44,10 +44,16 @@ def build(recipe: Recipe) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     from hf_pretrain_ext import anneal, continue_from, extend
+    from hf_pretrain_ext.base_model import find_folder
 
     with _naming("training"):
         args = arguments_class(recipe.trainer)(**recipe.training)
         set_seed(args.seed)
+    staged = recipe.continue_from or recipe.anneal
+    if staged is not None:
+        # First of all: where the recipe names no model, it is that of the checkpoint.
+        with _naming(f"{'anneal' if recipe.continue_from is None else 'continue_from'}.checkpoint"):
+            find_folder(staged.checkpoint, getattr(staged, "revision", None))
     spec = recipe.model
     with _naming(f"model.tokenizer={shown(spec.tokenizer)}" if spec.tokenizer else "the tokenizer of model"):
         tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer or spec.name_or_path, revision=_revision(recipe))
@@ -63,7 +69,6 @@ def build(recipe: Recipe) -> Any:
         held_out = _held_out(recipe, recipe.eval_data, tokenizer) if recipe.eval_data else None
         callbacks = _callbacks(recipe, tokenizer)
     collator = _collator(recipe, train, tokenizer, model)
-    staged = recipe.continue_from or recipe.anneal
     with _naming("training"):
         trainer = _trainer_class(recipe)(
             model=model,

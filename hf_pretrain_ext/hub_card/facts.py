@@ -9,12 +9,12 @@ from typing import Any
 
 from hf_pretrain_ext.checkpoint import STATE_FOLDER
 from hf_pretrain_ext.forgetting import summarise
-from hf_pretrain_ext.report.reading import RunRecord, finite, mapping, number
+from hf_pretrain_ext.report.reading import Benchmark, RunRecord, finite, mapping, number
 from hf_pretrain_ext.stages import STAGES_NAME, Stage, read_stages
 from hf_pretrain_ext.trace import TRACE_NAME, read_trace, scrubbed
 from hf_pretrain_ext.values import shown
 
-__all__ = ["BenchmarkFacts", "CardFacts", "SourceFacts", "read_facts"]
+__all__ = ["CardFacts", "SourceFacts", "read_facts"]
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,6 @@ class SourceFacts:
 
 
 @dataclass(frozen=True)
-class BenchmarkFacts:
-    """One metric of a task, before the stage and after it: value and standard error, None where not measured."""
-
-    task: str
-    metric: str
-    before: tuple[float, float | None] | None
-    after: tuple[float, float | None] | None
-    higher_is_better: bool | None
-    samples: int | None
-    shots: int | None
-
-
-@dataclass(frozen=True)
 class CardFacts:
     """All that a card says of the training."""
 
@@ -61,11 +48,11 @@ class CardFacts:
     rates: tuple[float, float, float] | None
     """First, highest and last learning rate that were logged."""
     forgetting: dict[str, dict[str, Any]]
-    benchmarks: tuple[BenchmarkFacts, ...]
+    benchmarks: tuple[Benchmark, ...]
     tokens: int | None
     seconds: float | None
     memory: dict[str, Any]
-    peaks: dict[str, int]
+    peaks: dict[str, float]
     """Bytes at the highest, where they were recorded: `resident` of the first process, `device`."""
     base_licence: str | None
     """As the card of the base says."""
@@ -128,7 +115,7 @@ def read_facts(folder: str | Path, *, adapter: bool | None = None, base_model: s
         seed=last.seed if last else None,
         rates=_rates(record),
         forgetting=_forgetting(record),
-        benchmarks=_benchmarks(record),
+        benchmarks=tuple(record.benchmarks) if record is not None else (),
         tokens=_total(counts),
         seconds=_seconds(record),
         memory=_memory(record),
@@ -185,30 +172,6 @@ def _forgetting(record: RunRecord | None) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _benchmarks(record: RunRecord | None) -> tuple[BenchmarkFacts, ...]:
-    """The last measurement of each kind, where both asked the same."""
-    events = {event.get("when"): event for event in record.of("benchmarks")} if record is not None else {}
-    if len({str(event.get("asked")) for event in events.values()}) > 1:
-        events = {"after": events["after"]}
-    figures: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for when, event in events.items():
-        for task, metrics in mapping(event.get("found")).items():
-            for metric, figure in mapping(metrics).items():
-                if number(mapping(figure).get("value")) is not None:
-                    figures.setdefault((task, metric), {})[str(when)] = figure
-    shots = next((mapping(event.get("asked")).get("num_fewshot") for event in events.values()), None)
-    found = []
-    for (task, metric), sides in figures.items():
-        last = sides.get("after") or sides["before"]
-        before, after = (
-            (float(side["value"]), number(side.get("stderr"))) if (side := sides.get(when)) else None
-            for when in ("before", "after")
-        )
-        better = last.get("higher_is_better")
-        found.append(BenchmarkFacts(task, metric, before, after, better, _whole(last.get("samples")), _whole(shots)))
-    return tuple(found)
-
-
 def _total(counts: dict[str, Any]) -> int | None:
     tokens = [_whole(mapping(entry).get("tokens")) for entry in counts.values()]
     return sum(each for each in tokens if each) if tokens and None not in tokens else None
@@ -222,13 +185,10 @@ def _seconds(record: RunRecord | None) -> float | None:
     return next((value for value in reversed(found) if value), None)
 
 
-def _peaks(record: RunRecord | None) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for event in record.of("usage") if record is not None else []:
-        for name, key in (("resident", "peak_resident"), ("device", "device_peak")):
-            if (value := _whole(event.get(key))) is not None:
-                found[name] = max(found.get(name, 0), value)
-    return found
+def _peaks(record: RunRecord | None) -> dict[str, float]:
+    named = {"resident": "peak_resident", "device": "device_peak"}
+    found = {name: record.highest(key) for name, key in named.items()} if record is not None else {}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _licence(value: Any) -> str | None:

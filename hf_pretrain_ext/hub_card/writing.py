@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from hf_pretrain_ext.benchmarks import figure_text
 from hf_pretrain_ext.hub_card.facts import CardFacts, read_facts
 from hf_pretrain_ext.hub_card.metadata import check_metadata, metadata_of, without_paths
 from hf_pretrain_ext.say import say
@@ -174,7 +175,12 @@ def section(
         autoescape=False,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"cell": cell, "count": count, "rate": lambda value: f"{value:.4g}", "measured": measured}
+    environment.filters |= {
+        "cell": cell,
+        "count": count,
+        "rate": lambda value: f"{value:.4g}",
+        "measured": lambda figure: figure_text(*(figure or (None,))),
+    }
     return environment.get_template("continued_pretraining.md.j2").render(
         facts=facts,
         data={"base_model": None, **data},
@@ -203,14 +209,6 @@ def cell(value: Any) -> str:
 
 def count(value: Any, exact: bool = True) -> str:
     return "not recorded" if value is None else f"{'' if exact else '≈ '}{value:,.0f}"
-
-
-def measured(figure: tuple[float, float | None] | None) -> str:
-    """A value with its standard error."""
-    if figure is None:
-        return "not measured"
-    value, error = figure
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 def _template(name: str) -> str:

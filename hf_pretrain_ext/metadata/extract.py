@@ -135,14 +135,13 @@ def url(address: Any) -> str | None:
 
     Example:
 
-    >>> url("https://en.wikipedia.org/wiki/A?b=c"), url("https://user:secret@a.org/x@y")
-    ('en.wikipedia.org/wiki/A?b=c', 'a.org/x@y')
+    >>> url("https://en.wikipedia.org/wiki/A?b=c"), url("https://user:secret@a.org/x@y"), url("a.org?to=b@c.org")
+    ('en.wikipedia.org/wiki/A?b=c', 'a.org/x@y', 'a.org?to=b@c.org')
     """
     if address is None:
         return None
     text = re.sub(r"^[a-z][a-z0-9+.-]*://", "", str(address).strip(), flags=re.IGNORECASE)
-    host, slash, rest = text.partition("/")
-    return host.rpartition("@")[2] + slash + rest or None
+    return re.sub(r"^[^/?#]*@", "", text) or None
 
 
 EXTRACTORS: dict[str, Callable[[Any], str | None]] = {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from hf_pretrain_ext.report.reading import RunRecord, finite, mapping
+from hf_pretrain_ext.benchmarks import figure_text
+from hf_pretrain_ext.report.reading import RunRecord
 from hf_pretrain_ext.report.tables import Cell, Section, Table, missing, run_cell, signed, text
 
 __all__ = ["benchmarks"]
@@ -17,33 +17,26 @@ def benchmarks(runs: Sequence[RunRecord]) -> Section | None:
     if not rows:
         return None
     lead = "Tasks that the model was given before the first step and after the last, with standard errors."
-    note = "A change is shown where both times asked the same. Whether more is better is as the task says it."
+    note = "Where the two times asked different things, the first is left out. What is better is as the task says."
     table = Table(["Run", "Task", "Metric", "Better", "Before", "After", "Change"], rows, note=note, of="Benchmarks")
     return Section("benchmarks", "Benchmarks", lead, [table])
 
 
 def _rows(runs: Sequence[RunRecord], index: int) -> list[list[Cell]]:
-    """The last measurement of each kind."""
-    events = {str(event.get("when")): event for event in runs[index].of("benchmarks")}
-    sides = [events.get("before", {}), events.get("after", {})]
-    same = all(sides) and sides[0].get("asked") == sides[1].get("asked")
-    found = [mapping(side.get("found")) for side in sides]
-    named = dict.fromkeys((task, metric) for side in found for task in side for metric in mapping(side[task]))
-    rows = []
-    for task, metric in named:
-        figures = [mapping(mapping(side.get(task)).get(metric)) for side in found]
-        values = [finite(figure.get("value")) for figure in figures]
-        better = next((figure["higher_is_better"] for figure in figures if "higher_is_better" in figure), None)
-        change = values[1] - values[0] if same and values[0] is not None and values[1] is not None else None
-        words = {True: "higher", False: "lower"}.get(better, "–") if isinstance(better, bool) else "–"
-        rows.append(
-            [run_cell(runs, index), text(task), text(metric), text(words), *map(_figure, figures), signed(change)]
-        )
-    return rows
+    words = {True: "higher", False: "lower", None: "–"}
+    return [
+        [
+            run_cell(runs, index),
+            text(each.task),
+            text(each.metric),
+            text(words[each.higher_is_better]),
+            _figure(each.before),
+            _figure(each.after),
+            signed(each.after[0] - each.before[0] if each.before and each.after else None),
+        ]
+        for each in runs[index].benchmarks
+    ]
 
 
-def _figure(figure: dict[str, Any]) -> Cell:
-    value, error = finite(figure.get("value")), finite(figure.get("stderr"))
-    if value is None:
-        return missing("not measured")
-    return Cell(f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}"), str(value))
+def _figure(figure: tuple[float, float | None] | None) -> Cell:
+    return missing(figure_text(None)) if figure is None else Cell(figure_text(*figure), str(figure[0]))

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_pretrain_ext.report.drawing import data_uri
 from hf_pretrain_ext.report.figures import memory_figure
-from hf_pretrain_ext.report.reading import RunRecord, Usage, finite, mapping, number
+from hf_pretrain_ext.report.reading import RunRecord, finite, mapping, number
 from hf_pretrain_ext.report.sections import named
 from hf_pretrain_ext.report.tables import (
     Cell,
@@ -63,16 +63,12 @@ def _measured(runs: Sequence[RunRecord], index: int) -> list[Cell]:
     return [
         run_cell(runs, index),
         text(device),
-        size(_highest(run.usage, "device_peak"), on_device or "trained on the CPU"),
-        size(_highest(run.usage, "peak_resident")),
+        size(run.highest("device_peak"), on_device or "trained on the CPU"),
+        size(run.highest("peak_resident")),
         size(run.usage[-1].resident if run.usage else None),
         span(seconds),
         pace,
     ]
-
-
-def _highest(usage: list[Usage], name: str) -> float | None:
-    return max((value for each in usage if (value := getattr(each, name)) is not None), default=None)
 
 
 def _time(run: RunRecord) -> tuple[float | None, int]:

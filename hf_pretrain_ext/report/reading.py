@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_pretrain_ext.schedules import LRSchedule
 
-__all__ = ["Count", "RunRecord", "Session", "Usage", "finite", "mapping", "number", "sequence", "whole"]
+__all__ = ["Benchmark", "Count", "RunRecord", "Session", "Usage", "finite", "mapping", "number", "sequence", "whole"]
 
 POINTS = 400
 """Steps at which a schedule is drawn that the trace holds only as phases."""
@@ -72,6 +72,24 @@ class Usage:
     peak_resident: float | None
     device_peak: float | None
     seconds: float | None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One metric of a task, before the stage and after it: value and standard error, None where not measured."""
+
+    task: str
+    metric: str
+    before: tuple[float, float | None] | None
+    after: tuple[float, float | None] | None
+    higher_is_better: bool | None
+    samples: int | None
+    shots: int | None
+
+
+def _with_error(figure: dict[str, Any]) -> tuple[float, float | None] | None:
+    value = finite(figure.get("value"))
+    return None if value is None else (value, finite(figure.get("stderr")))
 
 
 @dataclass(frozen=True)
@@ -177,6 +195,37 @@ class RunRecord:
         """Memory and time at each log of a training loss, by rising step."""
         names = ("resident", "peak_resident", "device_peak", "seconds")
         return [Usage(event["step"], *(finite(event.get(name)) for name in names)) for event in self.of("usage")]
+
+    def highest(self, name: str) -> float | None:
+        """The most of one of the fields of `Usage` that is known."""
+        return max((value for each in self.usage if (value := getattr(each, name)) is not None), default=None)
+
+    @cached_property
+    def benchmarks(self) -> list[Benchmark]:
+        """Each metric of each task, the last measurement of each kind, the first where both asked the same."""
+        events = {str(event.get("when")): event for event in self.of("benchmarks")}
+        before, after = events.get("before", {}), events.get("after", {})
+        if before and after and before.get("asked") != after.get("asked"):
+            before = {}
+        sides = [mapping(event.get("found")) for event in (before, after)]
+        shots = whole(mapping((after or before).get("asked")).get("num_fewshot"))
+        found = []
+        for task, metric in dict.fromkeys((t, m) for side in sides for t in side for m in mapping(side[t])):
+            figures = [mapping(mapping(side.get(task)).get(metric)) for side in sides]
+            last = figures[1] or figures[0]
+            better = last.get("higher_is_better")
+            found.append(
+                Benchmark(
+                    task=str(task),
+                    metric=str(metric),
+                    before=_with_error(figures[0]),
+                    after=_with_error(figures[1]),
+                    higher_is_better=better if isinstance(better, bool) else None,
+                    samples=whole(last.get("samples")),
+                    shots=shots,
+                )
+            )
+        return [each for each in found if each.before or each.after]
 
     @cached_property
     def sessions(self) -> list[Session]:

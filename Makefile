@@ -18,7 +18,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quality format test-resume test-distributed deepspeed test-leaks test-kill test-architectures docs evidence bench build release-check chromium clean
+.PHONY: help install demo test quality format test-resume test-distributed deepspeed test-leaks test-kill test-architectures tables docs evidence bench build release-check chromium clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +71,9 @@ test-architectures: $(STAMP) ## every plug-in on every family; writes docs/archi
 
 test-kill: $(STAMP) ## kill runs at random moments: KILLS=20 for each setting of tests/kill_worker.py
 	KILLS=$(KILLS) $(PYTEST) -s -m kill
+
+tables: $(STAMP) ## write the README's table of plug-ins and the cards' section API anew
+	$(BIN)/python docs/_generated.py
 
 docs: $(STAMP) ## the site, into site/, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -287,6 +287,9 @@ def _card(arguments: list[str]) -> int:
     parser.add_argument(
         "--data-license", action="append", default=[], metavar="SOURCE=LICENCE", help="of a source; once for each"
     )
+    parser.add_argument(
+        "--ask-hub", action="store_true", help="ask the Hub which data sets and base are gated, and for their licences"
+    )
     options = parser.parse_args(arguments)
     from hf_pretrain_ext.hub_card import write_card
 
@@ -300,6 +303,7 @@ def _card(arguments: list[str]) -> int:
             base_model=options.base_model,
             metadata={"license": options.license, "language": options.language},
             data_licences={name: licence for name, _, licence in pairs},
+            ask_hub=options.ask_hub,
         )
     except (FileNotFoundError, ImportError, ValueError) as error:
         sys.exit(f"hf-pretrain-ext: {error}")

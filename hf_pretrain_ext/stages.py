@@ -20,7 +20,8 @@ The file lies in `hf_pretrain_ext/` of every checkpoint and, once a stage has en
     recorded                  what plug-ins keep for later stages: forgetting: baseline, best and last loss by set
     versions, dates           of the libraries; `started`, `saved` (UTC)
 
-Keys that a reader does not know are left alone; those that are missing have their defaults.
+`~` stands for the home folder. Keys that a reader does not know are left alone; those that are missing have their
+defaults.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_pretrain_ext.checkpoint import STATE_FOLDER, CheckpointError, write_json
+from hf_pretrain_ext.home import with_home, without_home
 from hf_pretrain_ext.schedules import LRPhase, LRSchedule
 from hf_pretrain_ext.values import reason, shown
 
@@ -270,7 +272,7 @@ class Beginning:
 
 def stages_json(stages: Iterable[Stage]) -> dict[str, Any]:
     """What `stages.json` holds."""
-    return {"format": _FORMAT, "stages": [stage.to_json() for stage in stages]}
+    return without_home({"format": _FORMAT, "stages": [stage.to_json() for stage in stages]})
 
 
 def write_stages(folder: str | Path, stages: Iterable[Stage]) -> None:
@@ -292,7 +294,7 @@ def read_stages(folder: str | Path) -> tuple[Stage, ...] | None:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["format"] != _FORMAT:
                 raise ValueError(f"it has format {shown(found['format'])}; this version reads format {_FORMAT}")
-            stages = tuple(Stage.from_json(each) for each in found["stages"])
+            stages = tuple(Stage.from_json(with_home(each)) for each in found["stages"])
             if not stages:
                 raise ValueError("it holds no stage")
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:

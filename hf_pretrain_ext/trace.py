@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hf_pretrain_ext.home import without_home
 from hf_pretrain_ext.say import say
 
 __all__ = ["TRACE_NAME", "Trace", "command", "read_trace", "scrubbed", "versions"]
@@ -48,7 +49,7 @@ def scrubbed(text: str) -> str:
 def command() -> str:
     """The command that this process was started by, from the script's name on."""
     script, *arguments = sys.argv or [""]
-    return scrubbed(shlex.join([os.path.basename(script), *arguments]))
+    return scrubbed(shlex.join([os.path.basename(script), *map(without_home, arguments)]))
 
 
 def versions() -> dict[str, str]:
@@ -99,7 +100,7 @@ class Trace:
         if not self.enabled:
             return
         line = json.dumps({"event": event, "step": step, **plain(data)}, ensure_ascii=False, allow_nan=False)
-        line = scrubbed(line)
+        line = without_home(scrubbed(line))
         self.waiting.append(line + "\n")
         size = None
         try:

@@ -129,6 +129,8 @@ class PluginTrainerMixin(_Base):
     """
 
     _plugin_run: PluginRun
+    _pushing_with: str | None = None
+    """The token of the push that is under way; empty for the one that is logged in."""
 
     def __init__(self, *args: Any, plan: PlanConfig | None = None, on_nonfinite: Action = "report", **kwargs: Any):
         _check_plan_config(plan)
@@ -360,6 +362,15 @@ class PluginTrainerMixin(_Base):
 
     # Logging, evaluation, saving
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        # The card of a push says what the Hub alone knows.
+        token = kwargs.get("token", args[2] if len(args) > 2 else None)
+        self._pushing_with = token or self.args.hub_token or ""
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self._pushing_with = None
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         folder = Path(str(self.args.output_dir))
@@ -368,7 +379,7 @@ class PluginTrainerMixin(_Base):
         from hf_pretrain_ext.hub_card.writing import note_failure, write_card
 
         try:
-            write_card(folder)
+            write_card(folder, ask_hub=self._pushing_with is not None, token=self._pushing_with or None)
         except (ImportError, OSError, ValueError) as error:
             note_failure(error)
 

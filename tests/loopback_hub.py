@@ -1,8 +1,8 @@
 """A Hub on loopback that speaks as much of the commit API as pushing and downloading a model takes.
 
 `with Hub() as hub:` gives its address as `hub.endpoint` (for `HF_ENDPOINT`), its only good token as `hub.token`, and
-what was pushed as `hub.files[repository][path]`. `hub.break_after = n` closes the connection in the middle of the
-n-th upload of a large file from now on, once.
+what was pushed as `hub.files[repository][path]`; `hub.datasets[repository]` is what it tells of a data set.
+`hub.break_after = n` closes the connection in the middle of the n-th upload of a large file from now on, once.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Hub:
     def __init__(self) -> None:
         self.token = TOKEN
         self.files: dict[str, dict[str, bytes]] = {}
+        self.datasets: dict[str, dict[str, Any]] = {}
         self.objects: dict[str, bytes] = {}
         self.commits: list[tuple[str, str, list[str]]] = []
         self.requests: list[str] = []
@@ -113,6 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
             under = (found[2] or "").strip("/")
             listed = {name: data for name, data in files.items() if not under or name.startswith(f"{under}/")}
             self._json([self._entry(name, data) for name, data in listed.items()])
+        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)", path):
+            told = self.hub.datasets.get(found[1])
+            self._json({"id": found[1], **told}) if told is not None else self._missing("RepoNotFound")
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             self._file(found[1], found[2])
         else:

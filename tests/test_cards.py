@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -30,10 +33,12 @@ SECTIONS = [
     "What we measured",
     "What is exact and what is not",
     "Attribution",
+    "API",
 ]
 KEYS = [
     "name",
     "title",
+    "summary",
     "callback",
     "functional",
     "needs_extend",
@@ -135,6 +140,40 @@ def test_sections(name: str) -> None:
     assert "Where this differs from the papers" in exact
     untested = [value for value in front_matter(CARDS[name])["distributed"].values() if value == "untested"]
     assert ("Untested:" in exact) == bool(untested)
+
+
+def test_the_readme_and_the_sections_api_are_what_front_matter_and_classes_say() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "_generated.py", "--check"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (0, ""), f"{done.stdout}{done.stderr}: run `make tables`"
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_api_shows_what_python_would_bind(name: str) -> None:
+    """Arguments and defaults of both forms, read back as Python reads them."""
+    shown = re.search(r"^```text\n(.*?)^```", sections(CARDS[name])["API"], re.MULTILINE | re.DOTALL)
+    assert shown
+    calls = shown[1].strip().split("\n\n")
+    for path, call in zip([front_matter(CARDS[name])[key] for key in ("callback", "functional")], calls, strict=True):
+        assert call.startswith(f"{path}(")
+        (parsed,) = ast.parse(f"def found{call.removeprefix(path)}: ...").body
+        assert isinstance(parsed, ast.FunctionDef)
+        wanted = [each for each in inspect.signature(load(path)).parameters.values() if each.name != "self"]
+        by_name = [each.name for each in wanted if each.kind is each.KEYWORD_ONLY]
+        assert [each.arg for each in parsed.args.kwonlyargs] == by_name
+        assert [each.arg for each in parsed.args.args] == [
+            each.name for each in wanted if each.kind is each.POSITIONAL_OR_KEYWORD
+        ]
+        with_default = [each for each in wanted if each.default is not each.empty]
+        defaults = [ast.unparse(each) for each in [*parsed.args.defaults, *parsed.args.kw_defaults] if each]
+        assert len(defaults) == len(with_default)
+        plain = [repr(each.default) for each in with_default if isinstance(each.default, int | float | str | None)]
+        assert set(plain) <= {
+            repr(ast.literal_eval(each))
+            for each in defaults
+            if not each.isidentifier() or each in ("None", "True", "False")
+        }
 
 
 @pytest.mark.parametrize("name", CARDS)

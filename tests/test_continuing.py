@@ -371,6 +371,25 @@ def test_what_earlier_stages_read_is_replayed(english: Path, tmp_path: Path) -> 
     assert [stage.name for stage in recorded] == ["stage-1", "german", "code"]
 
 
+def test_the_home_folder_is_in_no_file_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These files are pushed; a second stage opens the rows again by what the first one wrote."""
+    home = tmp_path / "jane.doe"
+    monkeypatch.setenv("HOME", str(home))
+    data = on_disk(home / "rows")
+    extend(tiny.trainer(home / "one", infinite(), replay_of_nothing(), held_out(), data=data, **SAVES)).train()
+    second = new_stage(home / "two", infinite(), ReplayCallback(from_history=True, ratio=0.5), **SAVES)
+    continue_from(second, str(home / "one" / "checkpoint-6")).train()
+    assert second.plugin_run.realised()["stage-1"]["samples"] == 12
+    assert '"~/one/checkpoint-6"' in (home / "two" / "stages.json").read_text()
+    assert '"~/rows/' in (home / "two" / "checkpoint-6" / "hf_pretrain_ext" / "stages.json").read_text()
+    ours = [
+        path for name in ("stages.json", "trace.jsonl", "state.json", "forgetting.json") for path in home.rglob(name)
+    ]
+    assert len({path.name for path in ours}) == 4
+    for path in ours:
+        assert "jane.doe" not in path.read_text("utf-8"), path
+
+
 def test_a_second_train_of_a_stage_is_one_more(english: Path, tmp_path: Path) -> None:
     """It knows what the first knew, and of the first: it goes on at the rate and replays what was before."""
     stage = new_stage(tmp_path, infinite(), ReplayCallback(from_history=True, ratio=0.25))

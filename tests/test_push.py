@@ -20,12 +20,20 @@ TRAIN = """
 import sys
 sys.path.insert(0, {tests!r})
 import tiny
+from datasets import Dataset, DatasetInfo
 from hf_pretrain_ext import extend
 from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
 
+
+def of_the_hub(name, seed):
+    urls = {{f"hf://datasets/{{name}}@{commit}/a.parquet": {{"num_bytes": 1}}}}
+    return Dataset.from_dict(tiny.rows(20, seed=seed)[:], info=DatasetInfo(download_checksums=urls))
+
+
+old = {{name: of_the_hub("org/" + name, seed) for seed, name in enumerate(("text", "open", "hidden"), start=3)}}
 plugins = [
     RewarmCallback(peak_lr=1e-2, warmup=2),
-    ReplayCallback(tiny.rows(20, seed=3), ratio=0.25),
+    ReplayCallback(old, ratio=0.5),
     ForgettingCallback({{"old": tiny.rows(8, seed=3)}}),
 ]
 trainer = extend(
@@ -44,9 +52,16 @@ print(HfApi().upload_folder(repo_id="me/toy", folder_path={folder!r}, ignore_pat
 """
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
     with Hub() as started:
+        started.datasets = {
+            "org/text": {"gated": "manual", "cardData": {"license": "cc-by-4.0"}},
+            "org/open": {"gated": False, "cardData": {"license": ["mit", "apache-2.0"]}},
+        }
         yield started
 
 
@@ -67,7 +82,7 @@ def run(script: str, hub: Hub, home: Path, **variables: str) -> subprocess.Compl
 @pytest.fixture(scope="module")
 def pushed(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("pushed")
-    script = TRAIN.format(tests=str(Path(__file__).parent), folder=str(folder / "out"), token=hub.token)
+    script = TRAIN.format(tests=str(Path(__file__).parent), folder=str(folder / "out"), token=hub.token, commit=COMMIT)
     done = run(script, hub, folder / "home")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done
@@ -79,6 +94,19 @@ def test_the_card_goes_along(hub: Hub, pushed: Any) -> None:
     assert card.data.license == "mit" and {"hf-pretrain-ext", "replay"} <= set(card.data.tags)
     for figure in ("plan.png", "forgetting.png"):
         assert hub.files["me/toy"][f"continued_pretraining/{figure}"].startswith(b"\x89PNG")
+
+
+def test_the_card_names_what_is_gated_and_licences(hub: Hub, pushed: Any) -> None:
+    card = ModelCard(hub.files["me/toy"]["README.md"].decode())
+    rows = {cells[1].strip(): cells for line in card.content.splitlines() if len(cells := line.split("|")[1:-1]) == 8}
+    for name, licence in (("text", "cc-by-4.0"), ("open", "mit, apache-2.0"), ("hidden", "not stated")):
+        cells = rows[f"{name} (replayed)"]
+        assert [cells[place].strip() for place in (2, 3, 7)] == [f"org/{name}", COMMIT, licence]
+    said = "Gated on the Hub, so that access has to be asked for: org/text (granted by its authors)."
+    assert said in card.content
+    assert "Whether access has to be asked for was not looked up on the Hub: org/hidden." in card.content
+    assert card.data.datasets == ["org/text", "org/open", "org/hidden"]
+    assert "the Hub tells nothing of org/hidden" in pushed[1].stderr
 
 
 def test_a_pushed_checkpoint_verifies_after_download(hub: Hub, pushed: Any, tmp_path: Path) -> None:
@@ -141,7 +169,7 @@ lfs.http_backoff = once
 
 def test_a_wrong_token_is_an_error_that_does_not_show_it(hub: Hub, tmp_path: Path) -> None:
     wrong = "hf_" + "WrongToken" * 3
-    script = TRAIN.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "out"), token=wrong)
+    script = TRAIN.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "out"), token=wrong, commit=COMMIT)
     done = run(script, hub, tmp_path / "home", HF_TOKEN=wrong)
     assert done.returncode != 0
     assert "401" in done.stderr or "Invalid" in done.stderr

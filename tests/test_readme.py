@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -51,10 +50,3 @@ def test_commands_are_targets_of_the_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make ([a-z-]+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-
-
-def test_the_table_names_every_plugin() -> None:
-    for entry in entry_points(group="hf_pretrain_ext.plugins"):
-        if entry.module.startswith("hf_pretrain_ext."):
-            assert f"| `{entry.attr}` |" in README
-            assert (ROOT / "model_cards" / "methods" / f"{entry.name}.md").is_file()

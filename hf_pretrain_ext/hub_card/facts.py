@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_pretrain_ext.checkpoint import STATE_FOLDER
 from hf_pretrain_ext.forgetting import summarise
+from hf_pretrain_ext.hub_card.asking import licence_text
 from hf_pretrain_ext.report.reading import Benchmark, RunRecord, finite, mapping, number
 from hf_pretrain_ext.stages import STAGES_NAME, Stage, read_stages
 from hf_pretrain_ext.trace import TRACE_NAME, read_trace, scrubbed
@@ -120,7 +121,7 @@ def read_facts(folder: str | Path, *, adapter: bool | None = None, base_model: s
         seconds=_seconds(record),
         memory=_memory(record),
         peaks=_peaks(record),
-        base_licence=_licence(mapping(known.get("card")).get("license")),
+        base_licence=licence_text(mapping(known.get("card")).get("license")),
         versions={str(k): str(v) for k, v in mapping(record.start.get("versions")).items()} if record else {},
         arguments=dict(record.arguments) if record is not None else {},
         command=scrubbed(str(record.start["command"])) if record is not None and record.start.get("command") else None,
@@ -145,7 +146,7 @@ def _sources(stages: tuple[Stage, ...]) -> tuple[SourceFacts, ...]:
         SourceFacts(
             stage=stage.name,
             name=source.name,
-            repository=(source.hub or {}).get("repository"),
+            repository=(source.hub or {}).get("path"),
             revision=(source.hub or {}).get("revision"),
             rows=source.rows,
             samples=source.samples,
@@ -189,12 +190,6 @@ def _peaks(record: RunRecord | None) -> dict[str, float]:
     named = {"resident": "peak_resident", "device": "device_peak"}
     found = {name: record.highest(key) for name, key in named.items()} if record is not None else {}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _licence(value: Any) -> str | None:
-    """One licence or several, as cards state them."""
-    names = value if isinstance(value, list) else [value]
-    return ", ".join(name for name in names if isinstance(name, str) and name) or None
 
 
 def _memory(record: RunRecord | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from hf_pretrain_ext.benchmarks import figure_text
+from hf_pretrain_ext.hub_card.asking import HubAnswer, ask_the_hub
 from hf_pretrain_ext.hub_card.facts import CardFacts, read_facts
 from hf_pretrain_ext.hub_card.metadata import check_metadata, metadata_of, without_paths
 from hf_pretrain_ext.say import say
@@ -36,6 +37,8 @@ def write_card(
     metadata: Mapping[str, Any] | None = None,
     data_licences: Mapping[str, str] | None = None,
     figures: bool = True,
+    ask_hub: bool = False,
+    token: str | None = None,
 ) -> Path:
     """
     Writes the card of the model in `folder`, or its section in the card that is there.
@@ -48,6 +51,9 @@ def write_card(
         metadata (`Mapping`, *optional*): more fields of the card's YAML, `license` and `language` say; they win.
         data_licences (`Mapping[str, str]`, *optional*): licence by source, for the table of data.
         figures (`bool`, *optional*, defaults to `True`): draw them, where matplotlib is installed.
+        ask_hub (`bool`, *optional*, defaults to `False`): ask the Hub which of the data sets and the base are gated,
+            and for their licences. Pushes do.
+        token (`str`, *optional*): to ask with; by default the one that is logged in.
 
     Returns:
         `Path`: the file.
@@ -74,7 +80,8 @@ def write_card(
     if faults := check_metadata(data):
         raise ValueError(f"the metadata of {output} cannot be used: {'; '.join(faults)}. Pass others in `metadata`")
     drawn = _figures(facts, output.parent) if figures else []
-    text = with_section(filled_only(body, name), section(facts, data, data_licences or {}, drawn))
+    asked = ask_the_hub(facts.datasets, _names(data.get("base_model")), token=token) if ask_hub else {}
+    text = with_section(filled_only(body, name), section(facts, data, data_licences or {}, drawn, asked))
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     partial.write_text(f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n\n{text}", "utf-8")
@@ -161,8 +168,9 @@ def section(
     data: Mapping[str, Any],
     licences: Mapping[str, str],
     figures: Sequence[tuple[str, str]] = (),
+    asked: Mapping[str, HubAnswer | None] | None = None,
 ) -> str:
-    """The section as Markdown; `figures` are pairs of a file's name and its text."""
+    """The section as Markdown; `figures` are pairs of a file's name and its text, `asked` is what the Hub told."""
     try:
         import jinja2
     except ImportError as error:
@@ -175,7 +183,10 @@ def section(
         autoescape=False,
         keep_trailing_newline=True,
     )
+    told = {name: answer for name, answer in (asked or {}).items() if answer is not None}
+    bases = _names(data.get("base_model"))
     environment.filters |= {
+        "licence": lambda source: licences.get(source.name) or licence_of(told, source.repository) or "not stated",
         "cell": cell,
         "count": count,
         "rate": lambda value: f"{value:.4g}",
@@ -186,6 +197,8 @@ def section(
         data={"base_model": None, **data},
         licences=licences,
         figures=figures,
+        base_licence=facts.base_licence or licence_of(told, *bases),
+        access=access([*bases, *facts.datasets], told),
         methods=_methods(facts),
         limits=limits(facts),
     )
@@ -209,6 +222,39 @@ def cell(value: Any) -> str:
 
 def count(value: Any, exact: bool = True) -> str:
     return "not recorded" if value is None else f"{'' if exact else '≈ '}{value:,.0f}"
+
+
+_GRANTED = {"auto": "granted at once", "manual": "granted by its authors"}
+
+
+def access(names: Sequence[str], told: Mapping[str, HubAnswer]) -> list[str]:
+    """Which of the repositories are gated, and of which that is not known.
+
+    Example:
+
+    >>> access(["org/text", "org/more", "org/base"], {"org/text": HubAnswer("manual"), "org/base": HubAnswer()})
+    ['Gated on the Hub, so that access has to be asked for: org/text (granted by its authors).',
+    'Whether access has to be asked for was not looked up on the Hub: org/more.']
+    """
+    how = {name: told[name].gated for name in names if name in told}
+    gated = [f"{cell(name)} ({_GRANTED.get(gate, gate)})" for name, gate in how.items() if gate]
+    unknown = [cell(name) for name in names if name not in told]
+    lines = []
+    if gated:
+        lines.append(f"Gated on the Hub, so that access has to be asked for: {', '.join(gated)}.")
+    if unknown:
+        lines.append(f"Whether access has to be asked for was not looked up on the Hub: {', '.join(unknown)}.")
+    return lines
+
+
+def licence_of(told: Mapping[str, HubAnswer], *names: str | None) -> str | None:
+    """Of the first of the repositories that states one."""
+    answers = (told.get(name) for name in names if name is not None)
+    return next((answer.licence for answer in answers if answer is not None and answer.licence), None)
+
+
+def _names(value: Any) -> list[str]:
+    return [each for each in (value if isinstance(value, list) else [value]) if each]
 
 
 def _template(name: str) -> str:

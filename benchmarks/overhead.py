@@ -106,6 +106,8 @@ def _trainer(folder: str, steps: int, plugins: list[Any], watch: Any) -> Any:
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator, set_seed
 
+    from hf_pretrain_ext.demo.precision import fast_bf16
+
     set_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
@@ -123,7 +125,7 @@ def _trainer(folder: str, steps: int, plugins: list[Any], watch: Any) -> Any:
         per_device_train_batch_size=16,
         max_steps=steps,
         learning_rate=3e-3,
-        bf16=True,
+        bf16=fast_bf16(),
         use_cpu=True,
         report_to=[],
         save_strategy="no",

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from hf_pretrain_ext import __version__, read_trace
 from hf_pretrain_ext.cli import main
+from hf_pretrain_ext.demo.main import DemoConfig, _arguments
+from hf_pretrain_ext.demo.precision import fast_bf16
 
 SHRUNK = {
     "pretrain_steps": 6,
@@ -100,3 +103,18 @@ def test_command_line_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert stop.value.code == 2
         assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told", "fast"),
+    [({"avx512_bf16": False, "amx_bf16": True}, True), ({"avx512_bf16": False, "bmi": True}, False), (None, False)],
+)
+def test_bf16_only_where_the_processor_has_it(told: Any, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None: a torch that cannot tell."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if told is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told)
+    assert fast_bf16() is fast
+    assert _arguments(DemoConfig(), Path("out"), 1, 1e-3).bf16 is fast

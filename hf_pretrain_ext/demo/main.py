@@ -32,6 +32,7 @@ from transformers import (
 from hf_pretrain_ext import TrainerPlugin, extend
 from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
 from hf_pretrain_ext.demo.corpora import Corpus, english_prose, new_domain
+from hf_pretrain_ext.demo.precision import fast_bf16
 from hf_pretrain_ext.demo.tokenizer import blocks, encode_documents, train_tokenizer
 from hf_pretrain_ext.hub_card import write_card
 from hf_pretrain_ext.report.plots import forgetting_plot, have_matplotlib
@@ -138,6 +139,7 @@ def run_quick(config: DemoConfig) -> dict[str, Any]:
     results = {
         "config": asdict(config),
         "versions": versions(),
+        "bf16": fast_bf16(),
         "old": old.corpus.description,
         "new": new.corpus.description,
         "tokens": {"old": old.train.num_rows * config.block_size, "new": new.train.num_rows * config.block_size},
@@ -177,7 +179,7 @@ def _arguments(config: DemoConfig, output: Path, steps: int, lr: float) -> Train
         lr_scheduler_type="constant",
         adam_beta2=0.95,
         weight_decay=0.1,
-        bf16=True,
+        bf16=fast_bf16(),
         use_cpu=not torch.cuda.is_available(),
         seed=config.seed,
         logging_steps=max(steps // 20, 1),

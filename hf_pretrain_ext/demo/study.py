@@ -34,6 +34,7 @@ import hf_pretrain_ext
 from hf_pretrain_ext import TrainerPlugin
 from hf_pretrain_ext.callbacks import ReplayCallback, RewarmCallback
 from hf_pretrain_ext.demo.main import DemoConfig, Domain, build_model, load_domains, pretrain, train_arm, write_page
+from hf_pretrain_ext.demo.precision import fast_bf16
 from hf_pretrain_ext.report.plots import have_matplotlib, study_plot
 from hf_pretrain_ext.say import say
 from hf_pretrain_ext.trace import versions
@@ -222,7 +223,7 @@ def _prepare(config: DemoConfig, folder: Path) -> _Study:
     tokenizer, old, new = load_domains(config, folder)
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IN_SETTINGS}
     settings["data"] = _data_digest([old.train, old.heldout, new.train, new.heldout])
-    settings["versions"] = versions()
+    settings |= {"versions": versions(), "bf16": fast_bf16()}
     settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return _Study(config, folder, tokenizer, old, new, settings, _source_digest())
 

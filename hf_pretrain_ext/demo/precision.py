@@ -18,5 +18,5 @@ def fast_bf16() -> bool:
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported())
     # Older releases of torch cannot tell; float32 is then the safe choice.
-    told = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(has for name, has in told.items() if "bf16" in name)
+    told: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(bool(has) for name, has in told.items() if "bf16" in name)

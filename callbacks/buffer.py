@@ -30,12 +30,12 @@ from hf_pretrain_ext.buffer import (
     to_table,
 )
 from hf_pretrain_ext.buffer.sampling import LARGEST_SHARE
-from hf_pretrain_ext.buffer.storage import below, read_manifest
+from hf_pretrain_ext.buffer.storage import below, read_manifest, schema_of
 from hf_pretrain_ext.buffer.writer import Unfinished, chunk_bytes, rows_bytes
 from hf_pretrain_ext.loader import DrawnFeatures
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin, overrides
 from hf_pretrain_ext.rng import rng_guard
-from hf_pretrain_ext.values import check_integers, shown
+from hf_pretrain_ext.values import check_integers, reason, shown
 
 __all__ = ["BufferCallback"]
 
@@ -145,10 +145,16 @@ class BufferCallback(TrainerPlugin):
                 f"{where} holds a replay buffer of seed {known.seed}, got seed={self.seed}",
                 f"Pass seed={known.seed}, or another folder.",
             )
-        yield from self._check_rows(setup)
+        held = None
+        if known is not None:
+            try:
+                held = schema_of(where, known)
+            except ReplayBufferError as error:
+                yield Problem(self.name, str(error), "Mend it, or pass another folder.")
+        yield from self._check_rows(setup, where, held)
         yield from self._check_sources(setup, where)
 
-    def _check_rows(self, setup: Setup) -> Iterable[Problem]:
+    def _check_rows(self, setup: Setup, where: Path, held: pa.Schema | None) -> Iterable[Problem]:
         if not data.is_map_style(setup.train_dataset) and not data.is_stream(setup.train_dataset):
             return
         try:
@@ -160,10 +166,17 @@ class BufferCallback(TrainerPlugin):
         if not served:
             return
         try:
-            longest = int(row_bytes(_as_table(served, _schema_of(setup.train_dataset))).max())
+            table = _as_table(served, _schema_of(setup.train_dataset))
+            longest = int(row_bytes(table).max())
         except (ValueError, AttributeError) as error:
             yield Problem(self.name, f"the training rows cannot be kept: {error}", "Tokenize them before training.")
             return
+        if held is not None and (why := _misfit(table, held)):
+            yield Problem(
+                self.name,
+                f"rows cannot be added to {where}: {why}",
+                "Bring the training data to those columns and types, or pass another folder.",
+            )
         if longest > rows_bytes(self.max_bytes) // LARGEST_SHARE:
             yield Problem(
                 self.name,
@@ -510,6 +523,17 @@ def _as_table(rows: Any, schema: pa.Schema | None) -> pa.Table:
 
     features = Features.from_arrow_schema(schema)
     return to_table(rows, Features({name: features[name] for name in names}).arrow_schema)
+
+
+def _misfit(table: pa.Table, held: pa.Schema) -> str | None:
+    """Why rows do not fit those of a buffer, by their columns and types."""
+    if set(table.column_names) != set(held.names):
+        return f"they have the columns {sorted(table.column_names)}, those that it holds {sorted(held.names)}"
+    try:
+        table.select(held.names).cast(held)
+    except (pa.ArrowException, ValueError) as error:
+        return reason(error, 200)
+    return None
 
 
 def _size(rows: Any) -> int:

@@ -255,6 +255,8 @@ class SelfDistillationCallback(TrainerPlugin):
         args, trainer = run.trainer.args, run.trainer
         ranks = run.ranks[1] if args.n_gpu <= 1 else args.n_gpu
         whole = args.average_tokens_across_devices and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func)
+        # A step without one label has a distance of 0, and not 0/0.
+        items = items.clamp_min(1) if isinstance(items, Tensor) else max(items, 1)
         return summed / items * (ranks if whole else 1)
 
     def _of(self, outputs: Any) -> Tensor:

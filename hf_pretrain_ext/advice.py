@@ -103,14 +103,14 @@ def stability_gap(
     subset = new / passes if corpus_tokens is None else min(new / passes, corpus_tokens)
     if passes > MOST_EPOCHS:
         notes.append(f"{passes} passes are more than the {MOST_EPOCHS} that the paper tried")
-    if subset < SMALLEST:
+    if subset <= SMALLEST:
         notes.append(
-            f"a subset of {subset:.3g} tokens is smaller than 1B, at which their model of 3B parameters overfitted: "
+            f"a subset of {subset:.3g} tokens is not more than 1B, at which their model of 3B parameters overfitted: "
             "watch the held-out loss of the new domain, and stop when it rises"
         )
-    if subset > LARGEST:
+    if subset >= LARGEST:
         notes.append(
-            f"a subset of {subset:.3g} tokens is larger than 10B, at which the gap was back: more passes over less"
+            f"a subset of {subset:.3g} tokens is not less than 10B, at which the gap was back: more passes over less"
         )
     return SubsetAdvice(
         subset_tokens=round(subset),

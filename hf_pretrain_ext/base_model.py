@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from typing import Any
 from hf_pretrain_ext import checkpoint
 from hf_pretrain_ext.checkpoint import STATE_FOLDER, CheckpointError
 from hf_pretrain_ext.loading import weight_files
+from hf_pretrain_ext.merging.compare import flat_config
 from hf_pretrain_ext.stages import Stage, of_state, read_stages
 from hf_pretrain_ext.values import reason, shown
 
-__all__ = ["Base", "find_folder", "look_up", "read_life"]
+__all__ = ["FETCHED", "Base", "find_folder", "look_up", "read_life", "settings_that_differ"]
 
-_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "README.md", "hf_pretrain_ext/*.json")
+FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "README.md", "hf_pretrain_ext/*.json")
 _COMMIT = re.compile("[0-9a-f]{40}")
 _CONFIG = ("model_type", "vocab_size", "max_position_embeddings", "dtype", "transformers_version")
+_ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "base_model_name_or_path")
 _CARD = ("base_model", "datasets", "language", "tags", "license")
 
 
@@ -32,10 +35,17 @@ class Base:
     config: dict[str, Any] | None = None
     card: dict[str, Any] | None = None
     fault: str | None = field(default=None, compare=False)
+    looked: bool = field(default=True, compare=False)
 
     def stage(self) -> Stage:
         """Its entry in `stages.json`, before the first stage that is known."""
-        base = {"path": self.path, "revision": self.revision, "config": self.config, "card": self.card}
+        base = {
+            "path": self.path,
+            "revision": self.revision,
+            "local": os.path.isdir(self.path),
+            "config": self.config,
+            "card": self.card,
+        }
         return Stage(0, "base", kind="unknown", base=base)
 
     def lines(self) -> list[str]:
@@ -47,8 +57,10 @@ class Base:
             lines.append("base: its card says " + ", ".join(f"{key} {shown(v)}" for key, v in self.card.items()))
         elif self.fault:
             lines.append(f"base: its card cannot be read ({self.fault})")
-        else:
+        elif self.looked:
             lines.append("base: it has no card")
+        else:
+            lines.append("base: its card was not looked for, since there is only the model itself")
         data = "" if self.card and self.card.get("datasets") else ", which data it was trained on"
         lines.append(
             f"base: not known: how its learning rate ended (most published models are annealed: re-warm, with "
@@ -65,10 +77,10 @@ def look_up(folder: Path | None, path: str, revision: str | None, model: Any = N
         config = model.config.to_dict()
     elif folder is not None and (folder / "config.json").is_file():
         with checkpoint.reading(folder, "config.json"):
-            config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            config = _json(folder / "config.json")
     kept = {key: str(config[key]) for key in _CONFIG if config.get(key) is not None} if config else None
     card, fault = _card(folder)
-    return Base(path, revision, kept, card, fault)
+    return Base(path, revision, kept, card, fault, looked=folder is not None)
 
 
 def _card(folder: Path | None) -> tuple[dict[str, Any] | None, str | None]:
@@ -96,7 +108,7 @@ def find_folder(given: str, revision: str | None) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(given, revision=revision, allow_patterns=list(_PATTERNS)))
+        folder = Path(snapshot_download(given, revision=revision, allow_patterns=list(FETCHED)))
     except Exception as error:  # whatever the Hub's client raises is the finding here
         raise CheckpointError(
             f"{shown(given)} is no folder here, and no model that the Hub gives ({reason(error, 300)}). Name a "
@@ -105,14 +117,54 @@ def find_folder(given: str, revision: str | None) -> tuple[Path, str | None]:
     return folder, folder.name if _COMMIT.fullmatch(folder.name) else revision
 
 
-def read_life(folder: Path, text: str) -> tuple[list[Path], tuple[Stage, ...] | None, int | None, bool]:
+def settings_that_differ(folder: Path, name: str, now: Mapping[str, Any]) -> list[str]:
+    """Where `folder`/`name`, the config of a model or of an adapter, says otherwise than `now`, one text a field.
+
+    Fields that are bookkeeping, or act in training alone, are left out; so are those that one of the two lacks.
+    """
+    with checkpoint.reading(folder, name):
+        saved = flat_config(_with_defaults(folder) if name == "config.json" else _json(folder / name))
+    ours = flat_config(json.loads(json.dumps(dict(now), default=_plain)))
+    if name == "adapter_config.json":
+        saved, ours = ({key: each[key] for key in _ADAPTER if key in each} for each in (saved, ours))
+    return [
+        f"{key} {shown(value)} there, {shown(ours[key])} here"
+        for key, value in saved.items()
+        if key in ours and ours[key] != value and key not in ("architectures", "auto_map")
+    ]
+
+
+def _with_defaults(folder: Path) -> dict[str, Any]:
+    """A config is saved without what is as its class has it."""
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).to_dict()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _json(folder / "config.json")  # of an architecture that the host does not know
+    return dict(json.loads(json.dumps(found, default=_plain)))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
+
+
+def read_life(
+    folder: Path, text: str, fetched: tuple[str, ...] | None = None
+) -> tuple[list[Path], tuple[Stage, ...] | None, int | None, bool]:
     """The files of its weights, the stages that a folder tells of, its step, and whether it is a checkpoint of ours.
+
+    `fetched` are the patterns of the files that were fetched, where not all were.
 
     Raises:
         [`~hf_pretrain_ext.checkpoint.CheckpointError`]: a checkpoint that is not complete, or no weights to be found.
     """
     ours = (folder / STATE_FOLDER).is_dir()
-    if ours and (faults := checkpoint.find_faults(folder)):
+    if ours and (faults := checkpoint.find_faults(folder, fetched)):
         newest, _ = checkpoint.last_complete_checkpoint(Path(os.path.realpath(folder)).parent)
         advice = f"The newest complete checkpoint is {newest}." if newest else "There is no complete checkpoint there."
         raise CheckpointError(f"cannot continue from {text}: {'; '.join(faults)}. {advice}")

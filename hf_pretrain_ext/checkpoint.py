@@ -100,10 +100,11 @@ def write_state(
     write_json(folder / _MANIFEST, {"format": _FORMAT, "versions": versions(), "files": files})
 
 
-def find_faults(checkpoint: str | Path) -> list[str]:
+def find_faults(checkpoint: str | Path, only: tuple[str, ...] | None = None) -> list[str]:
     """Why a checkpoint is not complete, one line a fault; empty if it is.
 
-    Files added later (a model card, say) are no fault; missing, truncated or altered ones are.
+    Files added later (a model card, say) are no fault; missing, truncated or altered ones are. With `only`, those are
+    looked at whose names fit one of these patterns.
     """
     if not _is_folder(checkpoint):
         return ["there is no such folder"]
@@ -121,7 +122,8 @@ def find_faults(checkpoint: str | Path) -> list[str]:
         return [f"{STATE_FOLDER}/{_MANIFEST} cannot be read ({reason(error, 200)})"]
     if form != _FORMAT:
         return [f"its manifest has format {shown(form)}; this version reads format {_FORMAT}"]
-    faults = [fault for name, entry in expected.items() if (fault := _fault(checkpoint, name, *entry))]
+    asked = {n: e for n, e in expected.items() if only is None or any(fnmatch(n, pattern) for pattern in only)}
+    faults = [fault for name, entry in asked.items() if (fault := _fault(checkpoint, name, *entry))]
     if f"{STATE_FOLDER}/{_STATE}" not in expected:
         faults.append(f"its manifest does not list {STATE_FOLDER}/{_STATE}")
     return faults

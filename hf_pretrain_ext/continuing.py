@@ -16,13 +16,13 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from hf_pretrain_ext import _host, checkpoint
-from hf_pretrain_ext.base_model import Base, look_up
-from hf_pretrain_ext.checkpoint import CheckpointError
+from hf_pretrain_ext.base_model import FETCHED, Base, look_up, settings_that_differ
+from hf_pretrain_ext.checkpoint import STATE_FOLDER, CheckpointError
 from hf_pretrain_ext.data import tokenizer_fingerprint
 from hf_pretrain_ext.loading import carry_optimizer, fits, is_sharded, load_weights, state_of
 from hf_pretrain_ext.nonfinite import Action
 from hf_pretrain_ext.run import PluginRun
-from hf_pretrain_ext.stages import Beginning, Stage, check_name
+from hf_pretrain_ext.stages import STAGES_NAME, Beginning, Stage, check_name, read_stages
 from hf_pretrain_ext.trainer import PlanConfig, extend
 from hf_pretrain_ext.units import to_point, to_rate
 from hf_pretrain_ext.values import shown
@@ -194,7 +194,7 @@ def _length(trainer: Any, steps: Any) -> int:
 
 
 def checked_carry(carry: Any) -> tuple[str, ...]:
-    given = (carry,) if isinstance(carry, str) else tuple(carry)
+    given = (carry,) if isinstance(carry, str) or not isinstance(carry, Iterable) else tuple(carry)
     unknown = [part for part in given if part not in CARRIED]
     if unknown or len(set(given)) != len(given) or given == ("optimizer",):
         raise ValueError(
@@ -229,6 +229,8 @@ class Origin:
 def _origin(trainer: Any, given: Any, revision: str | None) -> Origin:
     _check_trainer(trainer)
     if isinstance(given, torch.nn.Module):
+        if revision is not None:
+            raise ValueError(f"revision={shown(revision)} is for a name on the Hub, and a model was passed")
         return _from_model(trainer, given)
     if not isinstance(given, str | os.PathLike) or not os.fspath(given):
         raise TypeError(
@@ -253,7 +255,12 @@ def _from_model(trainer: Any, model: Any) -> Origin:
     if model is trainer.model and run is not None and run.stage.trained:
         stages = run.stage.life()
         return Origin(text, None, [], stages, {"path": None, "step": stages[-1].steps}, model=model)
-    base = look_up(None, str(text), None, model)
+    folder = Path(text) if os.path.isdir(text) else None
+    base = look_up(folder, str(text), None, model)
+    histories = (STAGES_NAME, f"{STATE_FOLDER}/{STAGES_NAME}")
+    if folder is not None and any((folder / name).is_file() for name in histories):
+        advice = f"continue_from(trainer, {text!r}, carry=())"
+        _say(trainer, [f"{text} has a history, which a model object does not bring: {advice}"], logging.WARNING)
     return Origin(text, None, [], (base.stage(),), {"path": text, "step": None}, base, model)
 
 
@@ -261,7 +268,10 @@ def _from_folder(given: str, revision: str | None) -> Origin:
     from hf_pretrain_ext.base_model import find_folder, read_life
 
     folder, found_revision = find_folder(given, revision)
-    files, stages, step, ours = read_life(folder, given)
+    # train() may find itself in another working folder.
+    folder = folder.absolute()
+    fetched = None if os.path.isdir(given) else FETCHED
+    files, stages, step, ours = read_life(folder, given, fetched)
     base = None
     if stages is None:
         base = look_up(folder, given, found_revision)
@@ -301,7 +311,7 @@ def _begin(
     trainer: Any, origin: Origin, began: Beginning, plan: PlanConfig | None, on_nonfinite: Action | None
 ) -> None:
     """Checks the whole, then loads, then drops what an earlier training left; on an error nothing was changed."""
-    _check_output_dir(trainer, origin)
+    _check_output_dir(trainer, origin, began)
     _check_vocabulary(trainer, origin)
     _check_leftovers(trainer, began)
     fill = _filling(trainer, origin, began)
@@ -313,6 +323,7 @@ def _begin(
     trainer._plugin_run = run
     try:
         extend(trainer, plan=plan, on_nonfinite=on_nonfinite)
+        _check_sources(run, began)
         if trainer.model_init is None:
             model = load(trainer.model)
             if model is not trainer.model:
@@ -342,8 +353,21 @@ def _begin(
     )
 
 
-def _check_output_dir(trainer: Any, origin: Origin) -> None:
-    if origin.folder is None or not trainer.args.output_dir:
+def _check_sources(run: PluginRun, began: Beginning) -> None:
+    """The training data is called as the stage is."""
+    labels = [label for plugin in run.plugins for label in plugin.training_data(run.setup)]
+    if began.name in labels:
+        raise ValueError(
+            f"name={began.name!r} is also that of data that the stage replays, and later stages could not tell them "
+            "apart. Call one of them otherwise"
+        )
+
+
+def _check_output_dir(trainer: Any, origin: Origin, began: Beginning) -> None:
+    if not trainer.args.output_dir:
+        return
+    _check_no_other_stage(trainer, began)
+    if origin.folder is None:
         return
     output = os.path.realpath(trainer.args.output_dir)
     folder = os.path.realpath(origin.folder)
@@ -353,6 +377,20 @@ def _check_output_dir(trainer: Any, origin: Origin) -> None:
             "again, so that checkpoints of the two stages would mix and replace each other. Give the new stage an "
             "output_dir of its own"
         )
+
+
+def _check_no_other_stage(trainer: Any, began: Beginning) -> None:
+    """A script that resumes a stage begins it again, in the same folder; another stage belongs in another."""
+    for folder in reversed(checkpoint.checkpoints_in(trainer.args.output_dir)):
+        held = read_stages(folder)
+        if held is None:
+            continue
+        if [stage.name for stage in held] != [*(stage.name for stage in began.earlier), began.name]:
+            raise ValueError(
+                f"output_dir={shown(trainer.args.output_dir)} holds {folder.name} of the stage {held[-1].name!r}, "
+                f"with whose checkpoints those of {began.name!r} would mix. Give the new stage an output_dir of its "
+                "own"
+            )
 
 
 def _check_vocabulary(trainer: Any, origin: Origin) -> None:
@@ -422,9 +460,14 @@ def _filling(trainer: Any, origin: Origin, began: Beginning) -> Callable[[Any], 
     if "optimizer" not in began.carry:
         return None
     if not origin.ours or origin.folder is None:
+        how = (
+            "Name one (checkpoint-N), or begin a stage from its weights: continue_from, with "
+            "RewarmCallback(schedule='linear', warmup=0)"
+            if began.kind == "anneal"
+            else "Leave 'optimizer' out of carry"
+        )
         raise CheckpointError(
-            f"{origin.text} is no checkpoint of a run with plug-ins, so that it has no moments to carry. Leave "
-            "'optimizer' out of carry"
+            f"{origin.text} is no checkpoint of a run with plug-ins, so that it has no moments to carry. {how}"
         )
     if _host.sharding(trainer) != "ddp":
         raise ValueError(
@@ -432,6 +475,11 @@ def _filling(trainer: Any, origin: Origin, began: Beginning) -> Callable[[Any], 
             "over ranks. Leave 'optimizer' out, or train with DDP"
         )
     checkpoint.check_listed(origin.folder, "optimizer.pt", what="carry the moments of")
+    if not (origin.folder / "optimizer.pt").is_file():
+        raise CheckpointError(
+            f"of {origin.text} the Hub's files were fetched without its moments. Fetch it whole with "
+            "huggingface_hub.snapshot_download and pass that folder"
+        )
     return functools.partial(carry_optimizer, folder=origin.folder, was=origin.stages[-1].optimizer)
 
 
@@ -467,7 +515,31 @@ def _loaded(trainer: Any, origin: Origin, model: Any) -> tuple[Any, list[str]]:
         model = trainer._wrap_plugin_model(model)
     named = [name for name in origin.stages[-1].plugins if name not in {p.name for p in trainer.plugin_run.plugins}]
     hint = f"It was trained with the plug-ins {', '.join(named)}, which this trainer does not have." if named else ""
-    return model, load_weights(model, source, origin.text, hint)
+    notes = load_weights(model, source, origin.text, hint)
+    return model, [*notes, *_other_settings(model, origin)]
+
+
+def _other_settings(model: Any, origin: Origin) -> list[str]:
+    """Weights of the same shapes under another configuration are another function: that is meant, or it is a slip."""
+    lines = []
+    for name, now in (("config.json", getattr(model, "config", None)), ("adapter_config.json", _adapter_of(model))):
+        if origin.folder is None or now is None or not (origin.folder / name).is_file():
+            continue
+        differ = settings_that_differ(origin.folder, name, now.to_dict())
+        if differ:
+            lines.append(
+                f"warning: {name} of {origin.text} says otherwise than the model, so that the same weights compute "
+                f"something else: {'; '.join(differ)}. Build the model with from_pretrained({str(origin.folder)!r}) "
+                "unless that is meant"
+            )
+    return lines
+
+
+def _adapter_of(model: Any) -> Any:
+    found = getattr(model, "peft_config", None)
+    return (
+        found.get(model.active_adapter) if isinstance(found, dict) and isinstance(model.active_adapter, str) else None
+    )
 
 
 def _gathered(trainer: Any, value: Any) -> list[Any]:

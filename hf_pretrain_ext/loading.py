@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from hf_pretrain_ext.anchored import Anchored
 from hf_pretrain_ext.checkpoint import CheckpointError, reading
+from hf_pretrain_ext.regularise import weights_digest
 from hf_pretrain_ext.rng import rng_guard
 from hf_pretrain_ext.values import reason
 
-__all__ = ["carry_optimizer", "fits", "is_sharded", "load_weights", "state_of", "weight_files"]
+__all__ = ["base_digest", "carry_optimizer", "fits", "is_sharded", "load_weights", "state_of", "weight_files"]
 
 _INDEX, _SINGLE, _ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
 _LISTED = 8
@@ -68,6 +70,14 @@ def is_sharded(model: Any) -> bool:
     return any(hasattr(param, "ds_id") or hasattr(param, "full_tensor") for param in model.parameters())
 
 
+def base_digest(model: Any) -> str | None:
+    """A hash of the weights below an adapter, which its checkpoints do not hold; None where there are none, or no rank
+    has them whole."""
+    if not hasattr(model, "peft_config") or is_sharded(model):
+        return None
+    return weights_digest({name: param for name, param in model.named_parameters() if not param.requires_grad})
+
+
 def _faults(expected: Mapping[str, torch.Tensor], held: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What of `held` does not fit a model's state, one line a kind; a tied weight is held under one of its names."""
     present = {tensor.data_ptr() for name, tensor in expected.items() if name in held}
@@ -80,6 +90,33 @@ def _faults(expected: Mapping[str, torch.Tensor], held: Mapping[str, tuple[int, 
     ]
     kinds = (("not there", missing), ("not in the model", unknown), ("of another shape", other))
     return [f"{what}: {_list(names)}" for what, names in kinds if names]
+
+
+def _apart(expected: Mapping[str, torch.Tensor], origin: list[Path] | Mapping[str, torch.Tensor]) -> list[str]:
+    """Names that one tensor of the model has, and that differ in `origin`."""
+    held = _held(origin)
+    groups: dict[int, list[str]] = {}
+    for name, tensor in expected.items():
+        if name in held and tensor.data_ptr():
+            groups.setdefault(tensor.data_ptr(), []).append(name)
+    apart = []
+    for first, *others in groups.values():
+        same_shape = [name for name in others if held[name] == held[first]]
+        apart += [name for name in same_shape if not torch.equal(_tensor(origin, name), _tensor(origin, first))]
+    return apart
+
+
+def _tensor(origin: list[Path] | Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    from safetensors import safe_open
+
+    if isinstance(origin, Mapping):
+        return origin[name]
+    for path in origin:
+        with reading(path.parent, path.name), safe_open(path, framework="pt") as file:
+            if name in file.keys():
+                found: torch.Tensor = file.get_tensor(name)
+                return found
+    raise KeyError(name)
 
 
 def _list(names: list[str]) -> str:
@@ -122,6 +159,12 @@ def load_weights(model: Any, origin: list[Path] | Mapping[str, torch.Tensor], wh
             return _load_adapter(model, origin[0], where)
         faults = _faults(model.state_dict(), _held(origin))
         if not faults:
+            if apart := _apart(model.state_dict(), origin):
+                raise CheckpointError(
+                    f"{where} holds weights of their own for {_list(apart)}, which are tied to others in the model: "
+                    "one would take the place of the other, and nothing was loaded. Build the model with "
+                    "tie_word_embeddings=False"
+                )
             return _load(model, origin)
         if isinstance(origin, list) and hasattr(model, "from_pretrained") and not hasattr(model, "peft_config"):
             return _load_converted(model, origin, where, hint)
@@ -214,7 +257,8 @@ def _misfit(model: Any, where: str, faults: list[str], hint: str) -> str:
 def carry_optimizer(optimizer: Any, folder: str | Path, was: str | None = None) -> None:
     """
     Loads the moments that a checkpoint holds into a new optimizer, bit by bit. Rates and other settings of its groups
-    stay as they are; what optimizers count in their groups comes along.
+    stay as they are; what optimizers count in their groups comes along. Where the weights once were (the anchors of
+    Reptile, of L2 to the start), with the steps since, does not: a stage begins where it begins.
 
     Args:
         optimizer (`torch.optim.Optimizer`): of parameters with the same shapes in the same groups.
@@ -264,16 +308,27 @@ def carry_optimizer(optimizer: Any, folder: str | Path, was: str | None = None) 
                     f"{key} of parameter {number} has the shape {tuple(value.shape)}, and the parameter "
                     f"{tuple(param.shape)}"
                 )
-    settings = {*optimizer.defaults, "lr", "initial_lr", "params"}
+    left = _left_behind(optimizer)
+    state = {number: {k: v for k, v in held.items() if k not in left} for number, held in saved["state"].items()}
+    settings = {*optimizer.defaults, "lr", "initial_lr", "params", *left}
     fresh = optimizer.state_dict()["param_groups"]
     groups = [
         {**mine, **{k: v for k, v in old.items() if k not in settings}, "params": old["params"]}
         for mine, old in zip(fresh, saved["param_groups"], strict=True)
     ]
     try:
-        optimizer.load_state_dict({**saved, "param_groups": groups})
+        optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise refused(reason(error, 300)) from error
+
+
+def _left_behind(optimizer: Any) -> set[str]:
+    """Keys, of state and of groups, in which wrappers keep what belongs to the stage."""
+    keys: set[str] = set()
+    while isinstance(optimizer, Anchored):
+        keys |= {optimizer.anchor_key, *optimizer.numbers}
+        optimizer = optimizer.optimizer
+    return keys
 
 
 def _is_torchs(optimizer: Any) -> bool:

@@ -281,6 +281,9 @@ class TrainerPlugin(TrainerCallback):
     def begin(self) -> None:
         """Called once a `train()`, after settings and state are in place and before the first event."""
 
+    def end(self) -> None:
+        """Called once a `train()` when it is over, also by an exception: what must not outlive it is undone here."""
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.run is not None and self.run.trainer.state is not state:
             # Left over from another Trainer, which was extended; this one was not.

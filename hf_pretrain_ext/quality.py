@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,13 @@ class PerplexityScorer:
 
     def __init__(self, model: Any, tokenizer: Any, *, max_tokens: int = 512, batch_size: int = 16):
         check_integers(max_tokens=(max_tokens, 2, 1 << 20, False), batch_size=(batch_size, 1, 1 << 16, False))
+        config = getattr(model, "config", None)
+        kinds = getattr(config, "architectures", None) or [type(model).__name__]
+        if getattr(config, "is_encoder_decoder", False) or any("MaskedLM" in kind for kind in kinds):
+            raise ValueError(
+                f"model must be a causal language model, got {type(model).__name__}: it does not predict a token from "
+                "those before it alone"
+            )
         self.model, self.tokenizer = model, tokenizer
         positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         self.max_tokens = min(max_tokens, positions) if isinstance(positions, int) and positions > 1 else max_tokens
@@ -218,6 +226,8 @@ def select_best(
     if not len(usable):
         raise ValueError("no row has a score: all are NaN or infinite")
     order = usable[np.argsort(found[usable], kind="stable")]
-    wanted = float(tokens) if tokens is not None else float(share or 0) * int(sizes.sum())
+    # As it is written: 0.07 of 100 rows are 7, and their float product is above that.
+    wanted = Fraction(repr(float(share or 0))) * int(sizes.sum()) if tokens is None else Fraction(tokens)
     before = np.cumsum(sizes[order]) - sizes[order]
-    return np.sort(order[before < wanted]).tolist()
+    # Whole numbers are below it where they are below the next whole number.
+    return np.sort(order[before < math.ceil(wanted)]).tolist()

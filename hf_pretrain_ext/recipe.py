@@ -355,7 +355,10 @@ def _recipe(given: dict[str, Any]) -> Recipe:
                 raise RecipeError("replay: weights are given there and with the sources: keep one of the two")
             recipe.replay["weights"] = weights
         if past and weights:
-            raise RecipeError("replay: with from_history, the shares of sources follow from what was read; no weights")
+            raise RecipeError(
+                "replay: with from_history, the shares of sources follow from what was read, and a source has no "
+                "weight of its own. To set them all, give replay.weights: {name: number, ...}"
+            )
         sources = dict.fromkeys(recipe.replay_sources, ())
         _tried(ReplayCallback, {"data" if past else "dataset": sources, **recipe.replay}, "replay")
     if "forgetting" in given:

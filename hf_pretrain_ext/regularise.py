@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -244,9 +244,10 @@ def without_adapter(model: Any) -> Iterator[Any]:
             module.training = training
 
 
-def weights_digest(model: nn.Module, per_tensor: int = 4096) -> str:
+def weights_digest(model: nn.Module | Mapping[str, Tensor], per_tensor: int = 4096) -> str:
     """
-    A hash of names, shapes, types and of elements of every weight, evenly chosen where there are many.
+    A hash of names, shapes, types and of elements of every weight of a model or state, evenly chosen where they are
+    many.
 
     Example:
 
@@ -255,7 +256,7 @@ def weights_digest(model: nn.Module, per_tensor: int = 4096) -> str:
     (True, False)
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, weight in model.state_dict().items():
+    for name, weight in (model.state_dict() if isinstance(model, nn.Module) else model).items():
         digest.update(f"{name}\x1f{tuple(weight.shape)}\x1f{weight.dtype}\x1e".encode())
         flat = weight.detach().flatten()
         flat = flat[:: max(-(-flat.numel() // per_tensor), 1)].contiguous().cpu()

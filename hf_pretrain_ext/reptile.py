@@ -131,8 +131,11 @@ class Reptile(Anchored):
             anchor, begin = self._anchors[param], self._begin(param)
             way = param.float() - begin
             moved += total(way * way)
-            # ε = 1 leaves the weights alone, to the bit.
-            new = param.float() if self.epsilon == 1 else anchor.to(param.device) + self.epsilon * way
+            if self.epsilon == 1:
+                # Leaves the weights alone, to the bit, whatever their type.
+                anchor.copy_(param)
+                continue
+            new = anchor.to(param.device) + self.epsilon * way
             anchor.copy_(new)
             param.copy_(new)
         self.last = Interpolation(self.steps, moved**0.5, product, cosine)

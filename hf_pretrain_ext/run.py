@@ -23,6 +23,7 @@ from hf_pretrain_ext.data import fingerprint, is_map_style
 from hf_pretrain_ext.identity import compare, compared_arguments
 from hf_pretrain_ext.lengths import host_length, run_length
 from hf_pretrain_ext.loader import COUNTS, MARKS, PlanBatchSampler, PlanDataset, private_copy
+from hf_pretrain_ext.loading import base_digest
 from hf_pretrain_ext.nonfinite import NonFiniteWatch
 from hf_pretrain_ext.plan import SamplePlan, Segment
 from hf_pretrain_ext.plan.tokens import Cursor
@@ -328,6 +329,7 @@ class PluginRun:
         self._committed = self._uncommitted = self.updated_at = None
         self._pending, self._restored, self._before_step, self.resumed_at = {}, None, None, None
         self.nonfinite.begin()
+        self._base = base_digest(self.trainer.model)
         for plugin in self.plugins:
             plugin.begin()
         if resume_from is not None:
@@ -428,6 +430,17 @@ class PluginRun:
                 f"begin a new stage with its history: {continue_call(resume_from)}."
             )
         compare(resume_from, saved["identity"], self.identity())
+        if saved.get("base") not in (None, self._base):
+            parent = (self.beginning.parent or {}).get("path")
+            raise checkpoint.CheckpointError(
+                f"{resume_from} holds an adapter, and the model below it has other weights here than when it was "
+                "saved. Load the model that the run began with"
+                + (
+                    f": continue_from(trainer, {parent!r}), and then train(resume_from_checkpoint=...)"
+                    if parent
+                    else ""
+                )
+            )
         own = ("optimizer.*", "scheduler.pt") if _host.sharding(self.trainer) == "ddp" else ()
         checkpoint.check_listed(resume_from, *own, "rng_state*.pth", "trainer_state.json")
         with checkpoint.reading(resume_from, "trainer_state.json"):
@@ -615,6 +628,7 @@ class PluginRun:
                 "streams": {name: mark.to_json() for name, mark in self._marks.items()},
                 "segments": [[segment.start, list(segment.weights)] for segment in self._added()],
                 "cursor": self._cursor(),
+                "base": self._base,
                 "plugins": {plugin.name: plugin.state() for plugin in self.plugins},
             },
             beside=self.stage.json(),

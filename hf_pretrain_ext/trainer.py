@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -131,6 +132,8 @@ class PluginTrainerMixin(_Base):
     _plugin_run: PluginRun
     _pushing_with: str | None = None
     """The token of the push that is under way; empty for the one that is logged in."""
+    _kept_card: str | None = None
+    """The card of before that push, where it is more than a draft of the host's."""
 
     def __init__(self, *args: Any, plan: PlanConfig | None = None, on_nonfinite: Action = "report", **kwargs: Any):
         _check_plan_config(plan)
@@ -190,6 +193,8 @@ class PluginTrainerMixin(_Base):
             raise
         finally:
             run.active = False
+            for plugin in run.plugins:
+                plugin.end()
             _host.end_workers(self)
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -236,7 +241,8 @@ class PluginTrainerMixin(_Base):
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
         run = getattr(self, "_plugin_run", None)
-        if run is not None and run.stage.load is not None and run.resume_from is None:
+        if run is not None and run.stage.load is not None:
+            # On a resume too: a checkpoint of an adapter holds the adapter alone.
             model = run.stage.load(model)
         return self._wrap_plugin_model(model)
 
@@ -363,22 +369,38 @@ class PluginTrainerMixin(_Base):
     # Logging, evaluation, saving
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        # PEFT sets fields of the card anew whenever the adapter is saved, which a push does first.
+        self._kept_card = self._card_of_before()
         # The card of a push says what the Hub alone knows.
         token = kwargs.get("token", args[2] if len(args) > 2 else None)
         self._pushing_with = token or self.args.hub_token or ""
         try:
             return super().push_to_hub(*args, **kwargs)
         finally:
-            self._pushing_with = None
+            self._pushing_with = self._kept_card = None
+
+    def _card_of_before(self) -> str | None:
+        folder = Path(str(self.args.output_dir))
+        if not self.is_world_process_zero() or not (folder / TRACE_NAME).is_file():
+            return None
+        from hf_pretrain_ext.hub_card.writing import kept_card
+
+        return kept_card(folder / "README.md")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
+        kept = self._card_of_before() if self._kept_card is None else self._kept_card
+        create = super().create_model_card
+        create(*args, **kwargs)
         folder = Path(str(self.args.output_dir))
         if not self.is_world_process_zero() or not (folder / TRACE_NAME).is_file():
             return
-        from hf_pretrain_ext.hub_card.writing import note_failure, write_card
+        from hf_pretrain_ext.hub_card.writing import note_failure, put_back, write_card
 
+        given = {**inspect.signature(create).bind(*args, **kwargs).arguments, **kwargs}
+        fields = {"language": "language", "license": "license", "finetuned_from": "base_model"}
         try:
+            if kept is not None:
+                put_back(folder / "README.md", kept, [field for name, field in fields.items() if given.get(name)])
             write_card(folder, ask_hub=self._pushing_with is not None, token=self._pushing_with or None)
         except (ImportError, OSError, ValueError) as error:
             note_failure(error)

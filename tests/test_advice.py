@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from transformers import BertConfig, BertForMaskedLM
 
 from hf_pretrain_ext.advice import TUNED, data_constrained, stability_gap
 from hf_pretrain_ext.cli import main
@@ -40,12 +41,13 @@ def test_the_papers_own_run_comes_out() -> None:
 @pytest.mark.parametrize(
     ("given", "subset", "epochs", "note"),
     [
-        ({"budget_tokens": 2e9}, 0.41e9, 4, "smaller than 1B"),
-        ({"budget_tokens": 100e9}, 20.5e9, 4, "larger than 10B"),
+        ({"budget_tokens": 2e9}, 0.41e9, 4, "not more than 1B"),
+        ({"budget_tokens": 100e9}, 20.5e9, 4, "not less than 10B"),
         ({"budget_tokens": 20e9, "corpus_tokens": 3e9}, 16.4e9 / 6, 6, "nothing can be chosen"),
         ({"budget_tokens": 20e9, "corpus_tokens": 1.5e9}, 16.4e9 / 11, 11, "11 passes are more than the 7"),
         ({"budget_tokens": 20e9, "corpus_tokens": 3e9, "epochs": 4}, 3e9, 4, "lasts for 5.5 passes, not for 4"),
-        ({"budget_tokens": 20e9, "old_share": 0, "epochs": 2}, 10e9, 2, None),
+        ({"budget_tokens": 20e9, "old_share": 0, "epochs": 2}, 10e9, 2, "not less than 10B"),
+        ({"budget_tokens": 20e9, "old_share": 0, "epochs": 3}, 20e9 / 3, 3, None),
     ],
 )
 def test_other_budgets_are_scaled_and_say_so(given: Any, subset: float, epochs: int, note: str | None) -> None:
@@ -109,6 +111,9 @@ def test_perplexity_is_the_models_own_loss() -> None:
 
 
 def test_texts_are_cut_to_the_models_positions() -> None:
+    small = BertConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    with pytest.raises(ValueError, match="model must be a causal language model, got BertForMaskedLM"):
+        PerplexityScorer(BertForMaskedLM(small), tiny.tokenizer())
     scorer = PerplexityScorer(tiny.model(), tiny.tokenizer(), max_tokens=10_000)
     assert scorer.max_tokens == 64 and math.isfinite(scorer(["ab" * 500])[0])
 
@@ -171,6 +176,12 @@ def test_what_is_chosen_is_that_of_a_plain_loop(seed: int) -> None:
         total += int(lengths[row])
     assert select_best(scores, tokens=1500, lengths=lengths) == sorted(expected)
     assert select_best(scores, share=1500 / int(lengths.sum()), lengths=lengths) == sorted(expected)
+
+
+@pytest.mark.parametrize(("share", "rows"), [(0.07, 7), (0.14, 14), (0.28, 28), (0.55, 55), (0.56, 56), (0.561, 57)])
+def test_a_share_is_that_many_rows(share: float, rows: int) -> None:
+    """Just enough rows to hold it: of 100, their float products with 100 are above whole numbers."""
+    assert len(select_best(list(range(100)), share=share)) == rows
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,19 @@ def test_replaying_from_the_folder_that_is_written_to_is_refused(tmp_path: Path)
         extend(tiny.trainer(tmp_path / "two", *plugins))
 
 
+def test_rows_that_do_not_fit_the_buffer_are_refused_at_extend(tmp_path: Path) -> None:
+    run(tmp_path / "one", BufferCallback(tmp_path / "kept"), max_steps=2)
+    wider = tiny.rows(20).map(lambda row: {"attention_mask": [1] * len(row["input_ids"])})
+    with pytest.raises(
+        PluginError, match=r"they have the columns \['attention_mask', .*those that it holds \['input_ids'"
+    ):
+        extend(tiny.trainer(tmp_path / "two", BufferCallback(tmp_path / "kept"), data=wider))
+    floats = Dataset.from_dict({"input_ids": tiny.rows(20)["input_ids"][:], "labels": [["a"] * 4] * 20})
+    with pytest.raises(PluginError, match=r"rows cannot be added to .*kept"):
+        extend(tiny.trainer(tmp_path / "three", BufferCallback(tmp_path / "kept"), data=floats))
+    run(tmp_path / "four", BufferCallback(tmp_path / "kept"), max_steps=2)
+
+
 def test_weights_are_those_without_it(tmp_path: Path) -> None:
     """With a plan, dropout, a full buffer and a random collator: bit for bit."""
 

@@ -313,6 +313,22 @@ def test_the_gradient_is_that_of_the_loss_written_out(match: str, accumulation: 
     assert logged(trainer, f"distillation_{match}") == [pytest.approx(float(distance.detach()), rel=1e-6)]
 
 
+@pytest.mark.parametrize("match", ["kl", "features"])
+def test_a_step_without_a_label_moves_nothing(match: str, tmp_path: Path) -> None:
+    """The host's loss is 0/0 there and its gradient 0; the distance must not make NaN of the weights."""
+    data = tiny.rows(8)
+    masked = data.map(
+        lambda row, place: {"labels": [-100] * len(row["labels"]) if place < 4 else row["labels"]}, with_indices=True
+    )
+    plugin = SelfDistillationCallback(match=match, teacher=tiny.model(seed=7))
+    trainer = extend(tiny.trainer(tmp_path, plugin, data=masked, train_sampling_strategy="sequential", max_steps=2))
+    trainer.train()
+    bare = tiny.trainer(tmp_path / "bare", data=masked, train_sampling_strategy="sequential", max_steps=1)
+    bare.train()
+    assert all(bool(weight.isfinite().all()) for weight in tiny.weights(bare).values())
+    assert all(bool(weight.isfinite().all()) for weight in tiny.weights(trainer).values())
+
+
 def test_at_the_start_the_distance_to_itself_is_nothing(tmp_path: Path) -> None:
     """Without dropout, the first gradient is the bare one, and the distance grows from 0."""
     bare, ours = Gradients(), Gradients()

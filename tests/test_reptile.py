@@ -58,6 +58,15 @@ def test_every_interval_is_the_equation(make: Any) -> None:
         torch.testing.assert_close(param, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_whole_way_kept_changes_no_bit(dtype: torch.dtype) -> None:
+    models = [network().to(dtype) for _ in range(2)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in models]
+    train(models[0], Reptile(optimizers[0], every=2, epsilon=1.0), 5)
+    train(models[1], optimizers[1], 5)
+    assert all(torch.equal(*pair) for pair in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
 def test_the_step_after_an_interpolation_starts_from_it() -> None:
     """What the released code fails: with weights that an optimizer holds elsewhere, the next step undoes it."""
     model = network()

@@ -102,6 +102,17 @@ def read_manifest(folder: Path) -> Manifest | None:
         ) from error
 
 
+def schema_of(folder: Path, manifest: Manifest) -> pa.Schema | None:
+    """Columns and types of the rows that a buffer holds; None while it holds none."""
+    for chunk in manifest.chunks[:1]:
+        try:
+            with pa.OSFile(str(folder / chunk.file)) as file, pa.ipc.open_stream(file) as stream:
+                return pa.schema([field for field in stream.schema if field.name != NUMBER])
+        except (OSError, pa.ArrowException) as error:
+            raise ReplayBufferError(f"{folder / chunk.file} cannot be read ({reason(error, 200)})") from error
+    return None
+
+
 def write_file(path: Path, content: Any) -> None:
     """Under a temporary name, synced and renamed: afterwards there is the old file or the whole new one."""
     part = path.with_name(path.name + PART)

@@ -111,13 +111,14 @@ def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
     )
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What of a config decides what weights compute, nested fields as `outer.inner`."""
     fields: dict[str, Any] = {}
     for key, value in config.items():
         if key in _FREE or str(key).endswith(_FREE_ENDINGS):
             continue
         if isinstance(value, Mapping) and value:
-            fields.update(_flat(value, f"{prefix}{key}."))
+            fields.update(flat_config(value, f"{prefix}{key}."))
         else:
             fields[f"{prefix}{key}"] = value
     return fields
@@ -128,7 +129,7 @@ def _config_problems(checkpoints: Sequence[Checkpoint], ignored: Sequence[str]) 
     known = [config for config in filled if config is not None]
     # Defaults are compared only where the host can fill them in for all.
     configs = known if len(known) == len(checkpoints) else [each.config for each in checkpoints]
-    fields = [_flat(config) for config in configs]
+    fields = [flat_config(config) for config in configs]
     keys = dict.fromkeys(key for each in fields for key in each)
     absent = [name for name in ignored if not any(key == name or key.startswith(f"{name}.") for key in keys)]
     lines = []

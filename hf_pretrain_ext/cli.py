@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_pretrain_ext.recipe import Recipe
 
 __all__ = ["main"]
 
@@ -114,8 +118,8 @@ def _memory(arguments: list[str]) -> int:
     from hf_pretrain_ext.gradnormlorp import comparison_table
     from hf_pretrain_ext.gradnormlorp.memory import on_meta
 
-    if options.config.count("/") != 1 and not Path(options.config).exists():
-        sys.exit(f"hf-pretrain-ext: {options.config} is no folder or file, nor a name on the Hub (owner/name)")
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", options.config) and not Path(options.config).exists():
+        sys.exit(f"hf-pretrain-ext: {options.config} is no folder or file, nor a name on the Hub")
     try:
         config = AutoConfig.from_pretrained(options.config)
         text = config.get_text_config()
@@ -171,13 +175,14 @@ def _recipe_parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _trainer(options: argparse.Namespace) -> Any:
-    """The extended Trainer of the recipe given; what is wrong with it ends the program in one message."""
+def _trainer(options: argparse.Namespace) -> tuple[Recipe, Any]:
+    """The recipe given and its extended Trainer; what is wrong with it ends the program in one message."""
     from hf_pretrain_ext.plugin import PluginError
     from hf_pretrain_ext.recipe import RecipeError, load_recipe
 
     try:
-        return load_recipe(options.recipe, options.changes).build()
+        recipe = load_recipe(options.recipe, options.changes)
+        return recipe, recipe.build()
     except (FileNotFoundError, PluginError, RecipeError) as error:
         sys.exit(f"hf-pretrain-ext: {error}")
 
@@ -188,7 +193,7 @@ def _plan(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from hf_pretrain_ext.report.plots import have_matplotlib
 
-    trainer = _trainer(options)
+    _, trainer = _trainer(options)
     preview = trainer.preview(options.output if have_matplotlib() and trainer.is_world_process_zero() else None)
     if trainer.is_world_process_zero():
         print(preview)
@@ -212,7 +217,7 @@ def _train(arguments: list[str]) -> int:
         "from the start where there is none",
     )
     options = parser.parse_args(arguments)
-    trainer = _trainer(options)
+    recipe, trainer = _trainer(options)
     from hf_pretrain_ext.checkpoint import CheckpointError, last_complete_checkpoint
 
     if options.resume == "auto":
@@ -224,7 +229,7 @@ def _train(arguments: list[str]) -> int:
     trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
-        (folder / "recipe.yaml").write_bytes(Path(options.recipe).read_bytes())
+        (folder / "recipe.yaml").write_text(recipe.text, "utf-8")
         print(f"model, tokenizer and trace in {folder}{os.sep}; hf-pretrain-ext report {folder} makes a page of it")
     return 0
 
@@ -279,7 +284,7 @@ def _card(arguments: list[str]) -> int:
         "Writes what a run recorded into the model card in its folder: lineage, data, methods, what was learned and "
         "forgotten, cost, citation. What stands outside its markers is left alone.",
     )
-    parser.add_argument("folder", help="the output_dir of a run, or one of its checkpoints")
+    parser.add_argument("folder", help="the output_dir of a run, its trace.jsonl, or one of its checkpoints")
     parser.add_argument("--output", metavar="FILE", help="the card (default: README.md in FOLDER)")
     parser.add_argument("--base-model", metavar="NAME", help="on the Hub (default: as recorded)")
     parser.add_argument("--license", help="of the model, as the Hub names it")
@@ -292,20 +297,27 @@ def _card(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     from hf_pretrain_ext.hub_card import write_card
+    from hf_pretrain_ext.trace import TRACE_NAME
 
+    folder = Path(options.folder)
+    if folder.name == TRACE_NAME and not folder.is_dir():
+        folder = folder.parent
     pairs = [pair.partition("=") for pair in options.data_license]
     if wrong := [name for name, equals, _ in pairs if not equals]:
         parser.error(f"--data-license takes SOURCE=LICENCE, got {wrong[0]!r}")
     try:
         card = write_card(
-            options.folder,
+            folder,
             output=options.output,
             base_model=options.base_model,
             metadata={"license": options.license, "language": options.language},
             data_licences={name: licence for name, _, licence in pairs},
             ask_hub=options.ask_hub,
         )
-    except (FileNotFoundError, ImportError, ValueError) as error:
+    except OSError as error:
+        # Of ours, which say it all, none has a number.
+        sys.exit(f"hf-pretrain-ext: {f'no card: {error.strerror} ({error.filename})' if error.strerror else error}")
+    except (ImportError, ValueError) as error:
         sys.exit(f"hf-pretrain-ext: {error}")
     print(f"card in {card}")
     return 0

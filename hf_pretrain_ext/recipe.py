@@ -158,6 +158,8 @@ class Recipe:
     on_nonfinite: Action = "report"
     continue_from: ContinueConfig | None = None
     anneal: AnnealConfig | None = None
+    text: str = ""
+    """The YAML that it is from, with the changes applied."""
 
     def build(self) -> Any:
         """The extended Trainer of this recipe: model, tokenizer and data are loaded here.
@@ -257,9 +259,12 @@ def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     for change in changes:
         _apply(given, change)
     try:
-        return _recipe(given)
+        recipe = _recipe(given)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
+    # Comments and order are worth keeping where the file is what was trained.
+    recipe.text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True) if changes else text
+    return recipe
 
 
 def _read(text: str, name: str) -> Any:
@@ -428,14 +433,11 @@ def _tried(plugin: Callable[..., Any], settings: Mapping[str, Any], section: str
 
 
 def _plugin(name: str, given: Any) -> dict[str, Any]:
-    """Settings of another package's plug-in: that its constructor takes them is all that can be told."""
+    """Settings of a plug-in that has no section of its own: its constructor says what is wrong with them."""
     from hf_pretrain_ext.registry import installed_plugins
 
     settings = dict(_settings(given, name))
-    try:
-        inspect.signature(installed_plugins()[name]).bind(**settings)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{name}: {error}") from error
+    _tried(installed_plugins()[name], settings, name)
     return settings
 
 

@@ -46,10 +46,21 @@ def scrubbed(text: str) -> str:
     return _SECRET.sub("<token>", text)
 
 
-def command() -> str:
-    """The command that this process was started by, from the script's name on."""
+_NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
+
+
+def command() -> str | None:
+    """The command that this process was started by; None in a notebook, whose cells are what was run."""
     script, *arguments = sys.argv or [""]
-    return scrubbed(shlex.join([os.path.basename(script), *map(without_home, arguments)]))
+    name = os.path.basename(script)
+    if name in _NOTEBOOKS:
+        return None
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is not None:
+        start = ["python", "-m", spec.name.removesuffix(".__main__")]
+    else:
+        start = ["python", name] if name.endswith(".py") else [name]
+    return scrubbed(shlex.join([*start, *map(without_home, arguments)]))
 
 
 def versions() -> dict[str, str]:

@@ -266,6 +266,12 @@ def test_resume_from_the_command_line(world: Path, tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert [line["event"] for line in read_trace(tmp_path / "out")].count("resume") == 1
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    # What reproduces it is kept: the recipe with its changes, and a command that runs.
+    kept = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert kept == {**yaml.safe_load(path.read_text()), "training": kept["training"]}
+    assert kept["training"]["save_steps"] == 4 and load_recipe(tmp_path / "out" / "recipe.yaml").text
+    told = read_trace(tmp_path / "out")[0]["command"]
+    assert told.startswith("python -m hf_pretrain_ext") and told.endswith("training.save_steps=4")
     refused = command("train", path, *saving, "--set", "rewarm.peak_lr=5e-3", "--resume")
     assert refused.returncode == 1 and "hf-pretrain-ext: cannot resume" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -330,6 +336,8 @@ def test_a_branch_to_deploy(world: Path, first_stage: Path, tmp_path: Path) -> N
     [
         ({"continue_from": ""}, "continue_from: checkpoint is empty"),
         ({"continue_from": {"carry": ["weights"]}}, "continue_from.checkpoint is missing"),
+        ({"l2_init": {"strength": "a"}}, "l2_init: strength"),
+        ({"benchmarks": {"tasks": 3}}, "benchmarks: tasks"),
         (
             {"continue_from": {"checkpoint": "a", "carry": ["moments"]}},
             "continue_from: carry must be ('weights',), ",
@@ -391,6 +399,7 @@ def test_errors_of_the_command_line_are_one_message(
         (["plan", str(path)], "replay.sources is missing"),
         (["train", str(tmp_path / "none.yaml")], "none.yaml"),
         (["report", str(tmp_path)], "no trace at"),
+        (["memory", "a/b/c"], "a/b/c is no folder or file, nor a name on the Hub"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)

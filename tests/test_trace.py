@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import importlib.machinery
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_pretrain_ext.trace import TRACE_NAME, Trace, plain, read_trace, versions
+from hf_pretrain_ext.trace import TRACE_NAME, Trace, command, plain, read_trace, versions
 
 PROPERTY = settings(max_examples=60, derandomize=True, deadline=None)
 
@@ -305,3 +306,23 @@ def test_versions_name_what_decides_a_run() -> None:
     assert found["torch"] == torch.__version__ or found["torch"] == torch.__version__.split("+")[0]
     assert {"python", "hf_pretrain_ext", "transformers", "accelerate", "datasets", "peft"} <= found.keys()
     assert plain(found) == found
+
+
+@pytest.mark.parametrize(
+    ("argv", "module", "told"),
+    [
+        (["/home/me/train.py", "--lr", "1 e"], None, "python train.py --lr '1 e'"),
+        (["/env/bin/hf-pretrain-ext", "train", "r.yaml"], None, "hf-pretrain-ext train r.yaml"),
+        (["/env/hf_pretrain_ext/__main__.py", "train"], "hf_pretrain_ext.__main__", "python -m hf_pretrain_ext train"),
+        (["/env/mine/go.py"], "mine.go", "python -m mine.go"),
+        (["/env/colab_kernel_launcher.py", "-f", "kernel.json"], None, None),
+        (["/env/ipykernel_launcher.py", "-f", "kernel.json"], "ipykernel_launcher", None),
+    ],
+)
+def test_the_command_is_one_that_runs(
+    argv: list[str], module: str | None, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", argv)
+    spec = None if module is None else importlib.machinery.ModuleSpec(module, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    assert command() == told

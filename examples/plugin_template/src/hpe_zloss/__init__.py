@@ -62,10 +62,15 @@ class ZLossCallback(TrainerPlugin):
             if self.weight and model.training:
                 # Of a step with several micro-batches, each takes its share of the tokens of all.
                 tokens = num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum()
-                loss = loss + self.weight * z_loss(outputs["logits"][:, :-1], labels) / tokens
+                loss = loss + self.weight * self._ranks() * z_loss(outputs["logits"][:, :-1], labels) / max(tokens, 1)
             return (loss, outputs) if return_outputs else loss
 
         return with_z_loss
+
+    def _ranks(self) -> int:
+        """On several ranks the tokens of a step are those of all and gradients are averaged: the host does the same."""
+        run = self.run
+        return run.ranks[1] if run is not None and run.trainer.args.average_tokens_across_devices else 1
 
     def describe(self) -> list[str]:
         return [f"{self.name}: weight {self.weight:g}"]

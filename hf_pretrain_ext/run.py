@@ -339,7 +339,8 @@ class PluginRun:
             description = [*self.stage.lines(), *description]
         plugins = {plugin.name: plugin.settings() for plugin in self.plugins}
         header = {"plugins": plugins, "identity": self.identity(), "versions": versions(), "describe": description}
-        header["command"] = command()
+        if told := command():
+            header["command"] = told
         header["stage"] = self.stage.brief()
         if self.plugins:
             header["preview"] = preview_of(self, count_tokens=False).to_json()

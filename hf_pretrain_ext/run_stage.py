@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -262,7 +263,11 @@ def _base_of(model: Any) -> list[Stage]:
     name = getattr(model, "name_or_path", None)
     if not isinstance(name, str) or not name:
         return []
-    return [Stage(0, "base", kind="unknown", base={"path": name, "revision": None})]
+    # Only now: from another working folder, runs/base looks like a name on the Hub.
+    local = os.path.isdir(name)
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    revision = commit if isinstance(commit, str) and not local else None
+    return [Stage(0, "base", kind="unknown", base={"path": name, "revision": revision, "local": local})]
 
 
 def _vocabulary(reader: Any) -> str | None:

@@ -11,7 +11,7 @@ from hf_pretrain_ext.data import fingerprint, is_map_style
 from hf_pretrain_ext.rng import rng_guard
 from hf_pretrain_ext.values import reason
 
-__all__ = ["hub_origin", "identified", "place_of", "reopen"]
+__all__ = ["hub_origin", "identified", "is_of_the_hub", "place_of", "reopen"]
 
 # The cache of `datasets`: namespace___name/config/version/commit/file. Local files have a longer hash there.
 _CACHED = re.compile(r"([^/\\]+)[/\\][^/\\]+[/\\][^/\\]+[/\\]([0-9a-f]{40})[/\\][^/\\]+\.arrow")
@@ -30,18 +30,43 @@ def identified(dataset: Any) -> str | None:
 def hub_origin(dataset: Any) -> dict[str, str] | None:
     """Repository and revision of a dataset of the Hub, as far as `datasets` tells: from URLs or its cache's folders.
 
+    Rows that were joined with others, of another repository or of none, have no one origin: None.
+
     Example:
 
     >>> hub_origin([1, 2]) is None
     True
     """
-    for url in getattr(dataset, "download_checksums", None) or {}:
-        if match := _HUB_URL.match(str(url)):
-            return {"path": match.group(1), "revision": match.group(2)}
-    for name in _cache_files(dataset):
-        if match := _CACHED.search(name):
-            return {"path": match.group(1).replace("___", "/"), "revision": match.group(2)}
-    return None
+    urls = [_HUB_URL.match(str(url)) for url in getattr(dataset, "download_checksums", None) or {}]
+    if found := {(match[1], match[2]) for match in urls if match}:
+        return _origin(found)
+    return _origin({_cached(files) for files in _files_by_rows(dataset)})
+
+
+def _origin(found: set[tuple[str, str] | None] | set[tuple[str, str]]) -> dict[str, str] | None:
+    one = next(iter(found)) if len(found) == 1 else None
+    return None if one is None else {"path": one[0], "revision": one[1]}
+
+
+def _cached(files: list[str]) -> tuple[str, str] | None:
+    """Of the first of the files that is in the cache of a repository."""
+    matches = (_CACHED.search(name) for name in files)
+    return next(((match[1].replace("___", "/"), match[2]) for match in matches if match), None)
+
+
+def is_of_the_hub(file: str) -> bool:
+    """Whether a file lies where `datasets` caches what it loads from the Hub."""
+    return _CACHED.search(file) is not None
+
+
+def _files_by_rows(dataset: Any) -> list[list[str]]:
+    """The files of each block of rows, none for a block in memory; `cache_files` says nothing of those."""
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        return []
+    blocks = getattr(dataset.data, "blocks", None) or [[dataset.data]]
+    return [[str(part.path) for part in row if getattr(part, "path", None)] for row in blocks]
 
 
 def place_of(dataset: Any, expected: str | None = None) -> dict[str, Any] | None:

@@ -82,7 +82,8 @@ def test_nothing_is_left_open(run: Any, tmp_path: Path) -> None:
     text = text_of(run, tmp_path)
     for words in ("More information needed", "None", "TODO", "[]", "{}", "nan"):
         assert words not in text, words
-    assert text_of(run, tmp_path).count("not recorded") <= 2
+    # Of both sources, in memory, where they are on the Hub; and what this run has no record of.
+    assert text_of(run, tmp_path).count("not recorded") <= 4
     for file in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
         assert (tmp_path / file).stat().st_size > 1000
 
@@ -144,7 +145,7 @@ def test_broken_yaml_is_not_overwritten(run: Any, tmp_path: Path) -> None:
         ({"base_model_relation": "finetune"}, "base_model_relation is there without base_model"),
         ({"datasets": "one"}, "datasets must be a list of text"),
         ({"datasets": ["/data/of/mine"]}, "datasets must be names on the Hub"),
-        ({"library_name": "keras"}, "library_name must be"),
+        ({"library_name": ["keras"]}, "library_name must be text"),
         ({"license": ["mit"]}, "license must be text"),
         ({"model-index": {}}, "model-index must be a list"),
         ({"model-index": [{"name": "x", "results": [{"task": {}}]}]}, "task of a result needs type"),

@@ -40,23 +40,27 @@ def metadata_of(facts: CardFacts, model_name: str, given: Mapping[str, Any]) -> 
     for key, value in given.items():
         if value is None or value == []:
             continue
-        if key in _LISTS and key in found:
-            # Plain text is a list of one.
-            value = [value] if isinstance(value, str) else list(value)
+        if key in ("datasets", "tags") and isinstance(value, str):
+            value = [value]
+        if key in found and isinstance(found[key], list) and isinstance(value, list | tuple):
             found[key] = list(dict.fromkeys([*value, *found[key]]))
         else:
             found[key] = value
+    if facts.relation == "adapter" and found["library_name"] == "transformers":
+        found["library_name"] = "peft"  # TRL's card says the other of adapters too
     if "base_model" in found:
         found.setdefault("base_model_relation", facts.relation)
+        if facts.relation == "adapter" and found["base_model_relation"] == "finetune":
+            found["base_model_relation"] = "adapter"  # a card made before the adapter was saved
     if index := _index(found.pop("model-index", None), facts, model_name):
         found["model-index"] = index
     return found
 
 
-def without_paths(head: Mapping[str, Any]) -> dict[str, Any]:
+def without_paths(head: Mapping[str, Any], folder: str | None = None) -> dict[str, Any]:
     """
     A card's fields without a base model that is no name on the Hub: PEFT writes the folder that it loaded from, or
-    nothing, there and into a tag.
+    nothing, there and into a tag. `folder` is a path that may look like such a name.
 
     Example:
 
@@ -64,17 +68,21 @@ def without_paths(head: Mapping[str, Any]) -> dict[str, Any]:
     {'tags': ['lora']}
     >>> without_paths({"base_model": "me/mine", "tags": ["base_model:adapter:me/mine"]})
     {'base_model': 'me/mine', 'tags': ['base_model:adapter:me/mine']}
+    >>> without_paths({"base_model": "runs/base"}, "runs/base")
+    {}
     """
     kept = dict(head)
     base = kept.get("base_model")
-    if isinstance(base, str) and not _REPOSITORY.fullmatch(base):
+    if isinstance(base, str) and (base == folder or not _REPOSITORY.fullmatch(base)):
         del kept["base_model"]
     if isinstance(tags := kept.get("tags"), list):
         of_base = re.compile(r"base_model:\w+:(.*)")
         kept["tags"] = [
             tag
             for tag in tags
-            if not isinstance(tag, str) or not (at := of_base.fullmatch(tag)) or _REPOSITORY.fullmatch(at[1])
+            if not isinstance(tag, str)
+            or not (at := of_base.fullmatch(tag))
+            or (at[1] != folder and _REPOSITORY.fullmatch(at[1]))
         ]
     return kept
 
@@ -98,7 +106,10 @@ def _is_ours(result: Any) -> bool:
 
 
 def results_of(facts: CardFacts) -> list[dict[str, Any]]:
-    """`model-index` results: the last loss on each held-out set, in nats a token, and benchmarks after the stage."""
+    """`model-index` results: the loss on each held-out set, in nats a token, and benchmarks after the stage.
+
+    A loss that was last measured before the step of the weights is not theirs, and left out.
+    """
     losses = [
         {
             "task": {"type": "text-generation", "name": "Text generation"},
@@ -106,6 +117,7 @@ def results_of(facts: CardFacts) -> list[dict[str, Any]]:
             "metrics": [{"type": "loss", "name": _METRIC, "value": round(figures["final"], 6)}],
         }
         for name, figures in facts.forgetting.items()
+        if figures["final_step"] in (None, facts.steps)
     ]
     benchmarks = [
         {
@@ -144,12 +156,11 @@ def check_metadata(data: Mapping[str, Any]) -> list[str]:
         single = key == "language" and isinstance(value, str)
         if value is not None and not single and not _texts(value):
             faults.append(f"{key} must be a list of text, got {shown(value)}")
-    for name in data.get("datasets") or []:
+    names = data.get("datasets")
+    for name in names if isinstance(names, list) else []:
         if isinstance(name, str) and not _REPOSITORY.fullmatch(name):
             faults.append(f"datasets must be names on the Hub, got {shown(name)}")
-    if data.get("library_name") not in (None, "transformers", "peft"):
-        faults.append(f"library_name must be 'transformers' or 'peft', got {shown(data['library_name'])}")
-    for key in ("license", "pipeline_tag"):
+    for key in ("library_name", "license", "pipeline_tag"):
         if data.get(key) is not None and not isinstance(data[key], str):
             faults.append(f"{key} must be text, got {shown(data[key])}")
     faults += _index_faults(data.get("model-index"))

@@ -20,7 +20,7 @@ from hf_pretrain_ext.say import say
 from hf_pretrain_ext.trace import scrubbed
 from hf_pretrain_ext.values import shown
 
-__all__ = ["BEGIN", "END", "section", "with_section", "write_card"]
+__all__ = ["BEGIN", "END", "kept_card", "put_back", "section", "with_section", "write_card"]
 
 BEGIN = "<!-- hf-pretrain-ext: made from the run's trace; changes between these markers are lost -->"
 END = "<!-- hf-pretrain-ext: end -->"
@@ -47,8 +47,9 @@ def write_card(
         folder (`str` or `Path`): of the run (`output_dir`), or one of its checkpoints.
         output (`str` or `Path`, *optional*): the file; defaults to `README.md` in `folder`.
         model_name (`str`, *optional*): defaults to the name of the folder.
-        base_model (`str`, *optional*): name on the Hub; defaults to what the run recorded.
-        metadata (`Mapping`, *optional*): more fields of the card's YAML, `license` and `language` say; they win.
+        base_model (`str`, *optional*): name on the Hub; defaults to what the card or else the run says.
+        metadata (`Mapping`, *optional*): more fields of the card's YAML, `license` and `language` say; they win over
+            those that are there, and those that are None leave them.
         data_licences (`Mapping[str, str]`, *optional*): licence by source, for the table of data.
         figures (`bool`, *optional*, defaults to `True`): draw them, where matplotlib is installed.
         ask_hub (`bool`, *optional*, defaults to `False`): ask the Hub which of the data sets and the base are gated,
@@ -61,7 +62,8 @@ def write_card(
     Raises:
         `FileNotFoundError`: no run was recorded in `folder`.
         `ImportError`: jinja2 is missing; it comes with the extra `report`.
-        `ValueError`: metadata that the Hub would not read, or a README whose markers or YAML are broken.
+        `ValueError`: metadata that the Hub would not read, a licence for a source that there is not, or a README whose
+            markers or YAML are broken.
 
     Example:
 
@@ -74,19 +76,66 @@ def write_card(
     # The card may stand beside the model, away from the run.
     adapter = True if (output.parent / "adapter_config.json").is_file() else None
     facts = read_facts(folder, adapter=adapter, base_model=base_model)
+    sources = list(dict.fromkeys(source.name for source in facts.sources))
+    if unknown := [source for source in data_licences or {} if source not in sources]:
+        raise ValueError(
+            f"data_licences names {shown(unknown[0])}, and the run's sources are {sources}. Name one of these"
+            if sources
+            else f"data_licences names {shown(unknown[0])}, and no sources were recorded. Leave it out"
+        )
     name = model_name or folder.resolve().name
     head, body = _split(output.read_text("utf-8")) if output.exists() else ({}, f"# {name}\n")
-    data = metadata_of(facts, name, {**without_paths(head), **(metadata or {})})
+    given = {key: value for key, value in {"base_model": base_model, **(metadata or {})}.items() if value is not None}
+    data = metadata_of(facts, name, {**without_paths(head, facts.local_base), **given})
     if faults := check_metadata(data):
         raise ValueError(f"the metadata of {output} cannot be used: {'; '.join(faults)}. Pass others in `metadata`")
     drawn = _figures(facts, output.parent) if figures else []
-    asked = ask_the_hub(facts.datasets, _names(data.get("base_model")), token=token) if ask_hub else {}
+    named = _names(data.get("datasets")), _names(data.get("base_model"))
+    asked = ask_the_hub(*named, token=token) if ask_hub else {}
     text = with_section(filled_only(body, name), section(facts, data, data_licences or {}, drawn, asked))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n\n{text}", "utf-8")
-    partial.replace(output)
+    _write(output, _joined(data, text))
     return output
+
+
+def kept_card(path: Path) -> str | None:
+    """The text of the card in `path`, if it must outlive the host, which writes its draft over it; None if not.
+
+    A draft that was left as the host wrote it is none; one with our section in it may be anything by now.
+    """
+    if not path.is_file():
+        return None
+    text = path.read_text("utf-8")
+    return None if BEGIN not in text and _is_draft(text) else text
+
+
+def put_back(path: Path, kept: str, asked_for: Sequence[str] = ()) -> None:
+    """
+    Puts a card of before in place of the one that the host has written over it. Of the host's it takes the fields that
+    were missing, what its lists have more, and those in `asked_for`.
+
+    Raises:
+        `ValueError`: the YAML of a card cannot be read; then the one of before stands as it was.
+    """
+    written = path.read_text("utf-8")
+    _write(path, kept)
+    head, body = _split(kept)
+    for key, value in _split(written)[0].items():
+        if key in asked_for or head.get(key) is None:
+            head[key] = value
+        elif key in ("datasets", "tags"):
+            head[key] = list(dict.fromkeys([*_names(head[key]), *_names(value)]))
+    _write(path, _joined(head, body))
+
+
+def _joined(head: Mapping[str, Any], body: str) -> str:
+    return f"---\n{yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True)}---\n\n{body}"
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(path)
 
 
 def with_section(body: str, made: str) -> str:
@@ -117,12 +166,23 @@ def with_section(body: str, made: str) -> str:
 
 _UNFILLED = "More Information Needed"
 _FORM = "# Model Card for Model ID"
+_LEADS = ("Use the code below to get started with the model.", "**BibTeX:**", "**APA:**")
+_OF_THE_TRAINER = re.compile(r"<!-- This model card has been generated automatically.*?-->\n*", re.DOTALL)
+_OF_TRL = "It has been trained using [TRL](https://github.com/huggingface/trl)."
+_NAMELESS = r"This model is a fine-tuned version of \[(?:None)?\]\(https://huggingface\.co/(?:None)?\)"
+_SENTENCES = (
+    # Without a name of base or data, the host's sentence says nothing, or that a base in a folder was none.
+    (rf"^(?:{_NAMELESS}|This model was trained from scratch)(?: on (?:the None|an unknown) dataset)?\.\n?", ""),
+    (rf"^{_NAMELESS} on the ", "This model was trained on the "),
+    (r"^(This model is a fine-tuned version of .*) on (?:the None|an unknown) dataset\.", r"\1."),
+)
 
 
 def filled_only(body: str, name: str) -> str:
     """
-    A card's text without what stands unfilled in the form that PEFT and the Hub's client write: their hints, the lines
-    and headings that say "More Information Needed". A text with a title of its own is the user's and stays as it is.
+    A card's text without what stands unfilled in the form that PEFT and the Hub's client write, in the Trainer's draft
+    and in TRL's: hints, lines and headings that say "More Information Needed", sentences about None. Any other text is
+    the user's and stays as it is.
 
     Example:
 
@@ -130,20 +190,55 @@ def filled_only(body: str, name: str) -> str:
     >>> filled_only(form, "mine")
     '# mine\\n\\n## Framework\\n\\n- PEFT\\n'
     """
-    if not body.lstrip().startswith(_FORM):
+    if body.lstrip().startswith(_FORM):
+        text = re.sub(r"<!--(?! hf-pretrain-ext).*?-->", "", body.replace(_FORM, f"# {name}", 1), flags=re.DOTALL)
+        lines = [line for line in text.splitlines() if _UNFILLED.lower() not in line.lower()]
+    elif _OF_THE_TRAINER.search(body) or (_OF_TRL in body and "None" in body):
+        text = re.sub(r"\A\s*# Model Card for None$", f"# {name}", _OF_THE_TRAINER.sub("", body), flags=re.MULTILINE)
+        text = text.replace('pipeline("text-generation", model="None"', f'pipeline("text-generation", model="{name}"')
+        for pattern, put in _SENTENCES:
+            text = re.sub(pattern, put, text, flags=re.MULTILINE)
+        lines = [line for line in text.splitlines() if line.strip().lower() != _UNFILLED.lower()]
+    else:
         return body
-    text = re.sub(r"<!--(?! hf-pretrain-ext).*?-->", "", body.replace(_FORM, f"# {name}", 1), flags=re.DOTALL)
-    lines = [line for line in text.splitlines() if _UNFILLED.lower() not in line.lower()]
     kept: list[str] = []
     for line in reversed(lines):
         # From the end: a heading with nothing below it, or only a heading of its own level or above, holds nothing.
-        level = len(line) - len(line.lstrip("#")) if re.match(r"#+ ", line) else 0
+        level = _level(line)
         below = next((each for each in reversed(kept) if each.strip()), None)
-        depth = len(below) - len(below.lstrip("#")) if below is not None and re.match(r"#+ ", below) else 0
-        if level > 1 and (below is None or 0 < depth <= level):
+        if level > 1 and (below is None or 0 < _level(below) <= level):
             continue
         kept.append(line)
     return re.sub(r"\n{3,}", "\n\n", "\n".join(reversed(kept))).strip() + "\n"
+
+
+def _level(line: str) -> int:
+    """Of a heading; 0 for text. What the form says before something to fill in stands below all headings."""
+    if line.strip() in _LEADS or line.startswith("Carbon emissions can be estimated using the [Machine Learning"):
+        return 7
+    if line.strip() == "### Framework versions":
+        return 2  # PEFT puts it below the form's last heading, whatever that is
+    return len(line) - len(line.lstrip("#")) if re.match(r"#+ ", line) else 0
+
+
+_HEADINGS = {"Training procedure", "Training hyperparameters", "Training results", "Framework versions"}
+_HOSTS = re.compile(
+    r"- .+|\|.*|This model (is a fine-tuned version|was trained) .*|It achieves the following results .*"
+    r"|The following hyperparameters were used .*|"
+)
+
+
+def _is_draft(text: str) -> bool:
+    """Whether a card is the Trainer's draft, or PEFT's form, in which nobody has written."""
+    try:
+        _, body = _split(text)
+    except ValueError:
+        return False
+    lines = filled_only(body, "draft").splitlines()
+    if not (body.lstrip().startswith(_FORM) or _OF_THE_TRAINER.search(body)) or not lines:
+        return False
+    headings = {line.lstrip("# ") for line in lines[1:] if line.startswith("##")}
+    return headings <= _HEADINGS and all(_HOSTS.fullmatch(line) for line in lines[1:] if not line.startswith("##"))
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
@@ -194,11 +289,11 @@ def section(
     }
     return environment.get_template("continued_pretraining.md.j2").render(
         facts=facts,
-        data={"base_model": None, **data},
         licences=licences,
         figures=figures,
+        bases=bases,
         base_licence=facts.base_licence or licence_of(told, *bases),
-        access=access([*bases, *facts.datasets], told),
+        access=access([*bases, *_names(data.get("datasets", facts.datasets))], told),
         methods=_methods(facts),
         limits=limits(facts),
     )
@@ -264,12 +359,12 @@ def _template(name: str) -> str:
 def _methods(facts: CardFacts) -> list[dict[str, Any]]:
     """Card of each plug-in's method, where it is one of ours: title and papers."""
     found = []
-    for name, settings in facts.plugins.items():
-        path = files("hf_pretrain_ext") / "model_cards" / "methods" / f"{name}.md"
-        head: dict[str, Any] = {"title": name, "papers": []}
+    for use in facts.uses:
+        path = files("hf_pretrain_ext") / "model_cards" / "methods" / f"{use.plugin}.md"
+        head: dict[str, Any] = {"title": use.plugin, "papers": []}
         if path.is_file():
             head = yaml.safe_load(path.read_text("utf-8").split("---\n", 2)[1])
-        found.append({**head, "name": name, "settings": settings})
+        found.append({**head, "name": use.plugin, "settings": use.settings, "stages": ", ".join(use.stages)})
     return found
 
 
@@ -288,9 +383,21 @@ def limits(facts: CardFacts) -> list[str]:
         )
     if facts.relation == "adapter":
         found.append("An adapter: it needs its base model, at the revision that it was trained on.")
-    if not facts.forgetting:
-        found.append("What was forgotten was not measured.")
+    if facts.not_finite:
+        found.append(
+            f"Held-out losses were not finite at times: {', '.join(cell(name) for name in facts.not_finite)}."
+        )
+    elif not facts.forgetting:
+        found.append(_unmeasured(facts))
     return found
+
+
+def _unmeasured(facts: CardFacts) -> str:
+    if facts.record is not None and facts.record.probes:
+        return "Held-out losses were not measured from the first step on: what was forgotten is not known."
+    if any(stage.recorded.get("forgetting") for stage in facts.stages[:-1]):
+        return "What was forgotten in the last stage was not measured; it was in earlier ones."
+    return "What was forgotten was not measured."
 
 
 def _figures(facts: CardFacts, folder: Path) -> list[tuple[str, str]]:

@@ -68,7 +68,7 @@ class ZLossCallback(TrainerPlugin):
         return with_z_loss
 
     def _ranks(self) -> int:
-        """On several ranks the tokens of a step are those of all and gradients are averaged: the host does the same."""
+        """On several ranks the tokens of a step are those of all, and gradients are averaged: as the host does it."""
         run = self.run
         return run.ranks[1] if run is not None and run.trainer.args.average_tokens_across_devices else 1
 

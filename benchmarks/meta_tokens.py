@@ -141,10 +141,10 @@ def overhead(rounds: int, hidden: int = 256, layers: int = 4, length: int = 512)
     seconds: dict[str, list[float]] = {name: [] for name in given}
     for turn in range(rounds + 2):
         for name in list(given)[:: 1 if turn % 2 else -1]:
-            began = time.perf_counter()
+            began = time.process_time()
             models[name](input_ids=ids, labels=ids, **given[name]).loss.backward()
             if turn >= 2:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.process_time() - began)
     bare, meta, extra = (seconds[name] for name in given)
     shares = [(m - b) / (e - b) for b, m, e in zip(bare, meta, extra, strict=True) if e > b]
     return {

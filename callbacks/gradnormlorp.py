@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_pretrain_ext.gradnormlorp import GradNormLoRP, Memory, adapter_groups, measured_state, memory_of, param_groups
 from hf_pretrain_ext.gradnormlorp.optimizer import settings_of
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
 
 __all__ = ["GradNormLoRPCallback"]
+
+_ADAPTER = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layers_to_transform",
+    "bias",
+)
+"""Fields of a LoraConfig that make another run of it."""
 
 _WHOLE = "needs whole matrices, and a sharded or flattened one has neither its norms nor its singular vectors"
 
@@ -146,7 +163,9 @@ class GradNormLoRPCallback(TrainerPlugin):
             "tangential": self.tangential,
             "layerwise": self.layerwise,
             "max_matrix_norm": self.max_matrix_norm,
-            "adapter": None if self.adapter is None else {"r": self.adapter.r, "lora_alpha": self.adapter.lora_alpha},
+            "adapter": None
+            if self.adapter is None
+            else {name: _plain(getattr(self.adapter, name, None)) for name in _ADAPTER},
             **self.shared,
         }
 
@@ -157,7 +176,8 @@ class GradNormLoRPCallback(TrainerPlugin):
             return model
         from peft import get_peft_model
 
-        self._wrapped = get_peft_model(model, self.adapter)
+        # PEFT writes into the configuration which modules it found.
+        self._wrapped = get_peft_model(model, copy.deepcopy(self.adapter))
         return self._wrapped
 
     def groups(self, model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -174,6 +194,7 @@ class GradNormLoRPCallback(TrainerPlugin):
         return [{**self.shared, **group} for group in groups]
 
     def optimizer(self, model: Any, args: Any) -> GradNormLoRP:
+        self.end()
         groups = self.groups(model, args.weight_decay)
         self.memory = memory_of(model, groups, layerwise=self.layerwise)
         for line in self.memory.lines():
@@ -211,6 +232,15 @@ class GradNormLoRPCallback(TrainerPlugin):
                     f"rank={self.rank} exceeds the rank of the adapter, r={self.adapter.r}",
                     "Lower rank, or raise r of the LoraConfig.",
                 )
+            elif isinstance(model, nn.Module) and not _is_adapted(model):
+                yield from self._check_adapter(model)
+        if (self.adapter is not None or _is_adapted(model)) and self.target_modules != "all-linear":
+            yield Problem(
+                self.name,
+                f"target_modules={self.target_modules!r} is of form A: an adapter trains the modules of its own "
+                "configuration",
+                "Leave it out, and set target_modules of the LoraConfig.",
+            )
         if (self.adapter is not None or _is_adapted(model)) and (self.norm != "out" or self.tangential):
             yield Problem(
                 self.name,
@@ -221,6 +251,55 @@ class GradNormLoRPCallback(TrainerPlugin):
             yield Problem(self.name, "fp16 scales the loss, and with it every norm", "Use bf16, or float32.")
         if self.layerwise:
             yield from self._check_layerwise(setup)
+
+    def _check_adapter(self, model: nn.Module) -> Iterable[Problem]:
+        """What PEFT, or the optimizer of its factors, would say when training begins."""
+        from peft.tuners.tuners_utils import check_target_module_exists
+        from peft.utils.other import get_pattern_key
+
+        config, wanted = self.adapter, self.adapter.target_modules
+        if wanted is None:  # PEFT knows by the kind of model
+            return
+        sizes = {
+            name: min(module.weight.shape)
+            for name, module in model.named_modules()
+            if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.ndim == 2
+        }
+        if wanted == "all-linear":
+            linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+            head = getattr(model, "get_output_embeddings", lambda: None)()
+            linear -= {name for name, module in model.named_modules() if module is head}
+            sizes = {name: size for name, size in sizes.items() if name in linear}
+        else:
+            if not any(check_target_module_exists(config, name) for name, _ in model.named_modules() if name):
+                yield Problem(
+                    self.name,
+                    f"adapter has target_modules={_plain(wanted)!r}, which match no module of {type(model).__name__}",
+                    f"Name some that it has, such as {sorted({name.rsplit('.', 1)[-1] for name in sizes})}.",
+                )
+                return
+            sizes = {name: size for name, size in sizes.items() if check_target_module_exists(config, name)}
+        pattern = config.rank_pattern or {}
+        for name, size in sizes.items():
+            key = get_pattern_key(list(pattern), name)
+            if min(pattern.get(key, config.r), size) < self.rank:
+                small = key in pattern and pattern[key] < self.rank
+                yield Problem(
+                    self.name,
+                    f"rank={self.rank} exceeds the "
+                    + (
+                        f"rank of the adapter at {name}, {pattern[key]} by rank_pattern"
+                        if small
+                        else f"smaller side of {name}, {size}"
+                    ),
+                    "Lower rank, or "
+                    + (
+                        f"raise rank_pattern[{key!r}] of the LoraConfig."
+                        if small
+                        else "leave that module to exclude_modules of the LoraConfig."
+                    ),
+                )
+                return
 
     def _check_layerwise(self, setup: Setup) -> Iterable[Problem]:
         args, who = setup.args, f"{self.name}[layerwise]"
@@ -263,7 +342,10 @@ class GradNormLoRPCallback(TrainerPlugin):
             self._optimizer.step_in_backward(self.max_matrix_norm)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Its hooks would update beside those of a second training.
+        self.end()
+
+    def end(self) -> None:
+        # Its hooks would update beside those of a second training, also after one that was interrupted.
         if self._optimizer is not None:
             self._optimizer.step_after_backward()
 
@@ -284,6 +366,15 @@ class GradNormLoRPCallback(TrainerPlugin):
     def _say(self, line: str) -> None:
         if self.run is not None:
             self.run.say(f"{self.name}: {line}")
+
+
+def _plain(value: Any) -> Any:
+    """A field of a LoraConfig as JSON, whatever order it was given in."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(value[key]) for key in sorted(value)}
+    if isinstance(value, (set, frozenset, list, tuple)):
+        return sorted(value)
+    return value
 
 
 def _is_adapted(model: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
+import torch
 
 from hf_pretrain_ext import _host, data
 from hf_pretrain_ext.checkpoint import CheckpointError
@@ -18,10 +20,12 @@ from hf_pretrain_ext.meta_tokens.adapter import CONFIG_FILE
 from hf_pretrain_ext.meta_tokens.attach import attached, unwrapped
 from hf_pretrain_ext.meta_tokens.batches import Insertion, Length, mark
 from hf_pretrain_ext.meta_tokens.boundaries import checked_boundaries, ending_tokens
-from hf_pretrain_ext.meta_tokens.config import KEY, SECTION, MetaAttentionConfig
+from hf_pretrain_ext.meta_tokens.config import KEY, SECTION, MetaAttentionConfig, differences
 from hf_pretrain_ext.meta_tokens.fused import masked_head
 from hf_pretrain_ext.meta_tokens.insertion import Positions, checked_fraction, meta_counts
+from hf_pretrain_ext.meta_tokens.layers import unadapted
 from hf_pretrain_ext.meta_tokens.places import survey
+from hf_pretrain_ext.meta_tokens.row import left_out
 from hf_pretrain_ext.meta_tokens.training import MetaTraining, Train, is_adapted, is_causal
 from hf_pretrain_ext.plan import SamplePlan
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
@@ -116,7 +120,8 @@ class MetaTokensCallback(TrainerPlugin):
             if value not in get_args(kinds):
                 raise ValueError(f"{name} must be one of {get_args(kinds)}, got {shown(value)}")
         self.config = _configured(meta_attention, token=token, attention=attention, rope=rope)
-        self.own_seed = "seed" in (meta_attention or {})
+        self.given = ("token", "attention", "rope", *(meta_attention or {}))
+        self.own_seed = "seed" in self.given
         self.boundaries = checked_boundaries(boundaries)
         if boundaries is not None and positions != "boundaries":
             raise ValueError(f"boundaries are for positions='boundaries', got positions={positions!r}. Leave them out")
@@ -195,6 +200,21 @@ class MetaTokensCallback(TrainerPlugin):
                 "probability, and the meta-token's is 0",
                 "Set label_smoothing_factor=0.",
             )
+        if self._masks(setup.model) and getattr(setup.args, "use_liger_kernel", False):
+            yield Problem(
+                self.name,
+                "use_liger_kernel=True computes the loss without logits, in which the meta-token's is masked",
+                "Leave the kernel out, or pass meta_attention={'mask_logits': False}.",
+            )
+        kind = getattr(unwrapped(setup.model), "dtype", None)
+        if self.kind == "meta" and kind in (torch.bfloat16, torch.float16):
+            yield Problem(
+                self.name,
+                f"the model is in {str(kind).removeprefix('torch.')}, and so are the meta parts, which alone are "
+                "trained: small steps are lost to rounding",
+                "Load it in float32 and pass bf16=True to the arguments, or raise the learning rate.",
+                level="note",
+            )
         alone = self.kind == "meta" or not unwrapped(setup.model).get_input_embeddings().weight.requires_grad
         if fit and alone and _host.sharding(setup.trainer) == "zero3":
             yield Problem(
@@ -205,6 +225,10 @@ class MetaTokensCallback(TrainerPlugin):
         dataset = setup.train_dataset
         if fit and (data.is_map_style(dataset) or data.is_stream(dataset)):
             yield from self._check_rows(setup, setup.sample(dataset))
+
+    def _masks(self, model: Any) -> bool:
+        there = attached(model)
+        return (self.config if there is None else there.config).mask_logits
 
     def _check_tokenizer(self, tokenizer: Any) -> Iterable[Problem]:
         if tokenizer is None:
@@ -249,13 +273,17 @@ class MetaTokensCallback(TrainerPlugin):
             return
         there = attached(model)
         if there is not None:
-            ours, theirs = asdict(self.config), asdict(there.config)
-            if other := [name for name in ("token", "attention", "rope") if ours[name] != theirs[name]]:
-                differences = ", ".join(f"{name}={theirs[name]!r}, not {ours[name]!r}" for name in other)
+            if other := differences(there.config, self.config, self.given):
                 yield Problem(
                     self.name,
-                    f"the model has meta-tokens with {differences}",
+                    f"the model has meta-tokens with {other}",
                     "Pass these settings, or take them out with remove_meta_tokens(model).",
+                )
+            if left_out(model, there.passes.token_id):
+                yield Problem(
+                    self.name,
+                    f"the adapter trains single rows of the embedding, and not that of {self.config.token!r}",
+                    f"Name it among them, LoraConfig(trainable_token_indices=[..., {there.passes.token_id}]).",
                 )
             return
         saved = (getattr(model.config, SECTION, None) or {}).get(KEY) or {}
@@ -266,6 +294,7 @@ class MetaTokensCallback(TrainerPlugin):
                 "from_pretrained leaves it out",
                 "Call load_meta_tokens(model, folder) before making the Trainer.",
             )
+        yield from self._check_tables(setup, model)
         sharded = _host.sharding(setup.trainer).startswith("fsdp")  # refused, and not to be probed
         if self.config.attention and self._surveyed is not model and not sharded:
             try:
@@ -273,6 +302,33 @@ class MetaTokensCallback(TrainerPlugin):
                 self._surveyed = model
             except ValueError as error:
                 yield self._unfit(error)
+
+    def _check_tables(self, setup: Setup, model: Any) -> Iterable[Problem]:
+        """Where an adapter is in the way of the token's row."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            yield Problem(
+                self.name,
+                "the model has an adapter of model.add_adapter, beside which no row is given, trained or saved",
+                "Put the adapter around the model with peft.get_peft_model(model, config) instead.",
+            )
+            return
+        try:
+            number = self._number_ahead(setup.processing_class)
+        except (AttributeError, ValueError):  # for `_check_tokenizer` to say
+            return
+        tables = [
+            table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None
+        ]
+        wrapped = [type(table).__name__ for table in tables if unadapted(table) is not table]
+        rows = min(map(_rows, tables))
+        # One that trains single rows takes no new values for others.
+        if wrapped and (number >= rows or "TrainableTokensWrapper" in wrapped):
+            yield Problem(
+                self.name,
+                f"the model needs a row for {self.config.token!r} (id {number}; it has {rows:,}), and its embeddings "
+                f"are in an adapter ({', '.join(wrapped)})",
+                "Give the base its row first, with add_meta_tokens(base, tokenizer), then put the adapter around it.",
+            )
 
     def _check_rows(self, setup: Setup, rows: Any) -> Iterable[Problem]:
         chosen = data.sample_rows(len(rows))
@@ -357,17 +413,31 @@ class MetaTokensCallback(TrainerPlugin):
 
     def wrap_loss(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
         run, trl = self.run, sys.modules.get("trl")
-        if self.off or run is None or not self.config.mask_logits:
+        if self.off or run is None:
             return compute_loss
-        if trl is None or not isinstance(run.trainer, trl.SFTTrainer):
+        there = attached(run.model)
+        if there is None:  # an evaluation before training, which gives the model its row
+            return functools.partial(self._plain_loss, compute_loss)
+        if not there.config.mask_logits or trl is None or not isinstance(run.trainer, trl.SFTTrainer):
             return compute_loss
-        number = cast(int, self._number(run.trainer.processing_class))
+        number = there.passes.token_id
 
         def masked(*args: Any, **kwargs: Any) -> Any:
             with masked_head(unwrapped(run.model).get_output_embeddings(), number):
                 return compute_loss(*args, **kwargs)
 
         return masked
+
+    def _plain_loss(self, compute_loss: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        rows, ids = _rows(unwrapped(model).get_input_embeddings()), inputs.get("input_ids")
+        number = self._number(cast(Any, self.run).trainer.processing_class)
+        if number is not None and number >= rows and ids is not None and bool((ids == number).any()):
+            raise ValueError(
+                f"the batch holds {self.config.token!r} (id {number}), and the model, of {rows:,} rows, gets one for "
+                "it in train(). Evaluate rows with meta-tokens after that, or call add_meta_tokens(model, tokenizer) "
+                "before making the Trainer"
+            )
+        return compute_loss(model, inputs, *args, **kwargs)
 
     # The data
 
@@ -507,6 +577,11 @@ def _configured(more: Any, **own: Any) -> MetaAttentionConfig:
     if not isinstance(given, Mapping) or not set(given) <= known:
         raise ValueError(f"meta_attention must be a dict of {', '.join(sorted(known))}, got {shown(more)}")
     return MetaAttentionConfig(**own, **given)
+
+
+def _rows(table: Any) -> int:
+    weight = unadapted(table).weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])  # of ZeRO-3, a part has no elements
 
 
 def _spans(rows: Any, chosen: Sequence[int], lengths: Any) -> Any:

@@ -29,7 +29,7 @@ from hf_pretrain_ext.plugin import PluginError, Problem, Setup, TrainerPlugin
 from hf_pretrain_ext.streams import StreamError, first_rows
 from hf_pretrain_ext.units import to_point, to_steps
 from hf_pretrain_ext.values import check_flag, shown
-from hf_pretrain_ext.vocabulary import check_embeddings, fit_embeddings, is_fitted, trains_rows
+from hf_pretrain_ext.vocabulary import check_embeddings, fit_embeddings, ids_without_rows, is_fitted, trains_rows
 
 __all__ = ["MetadataCallback"]
 
@@ -59,7 +59,7 @@ class MetadataCallback(TrainerPlugin):
 
     With `control`, a control token stands before each text (conditional training). The tokenizer gets the tokens at
     `extend`, the model rows for them when training begins, and checkpoints hold both; what a model was trained with is
-    in its config.
+    in its config. Tokens that the tokenizer came with keep the rows that the model has for them.
 
     Args:
         template ([`Template`] or `str`, *optional*): the metadata, by default `"URL: {domain}\\n\\n"` (MeCo), with
@@ -327,7 +327,8 @@ class MetadataCallback(TrainerPlugin):
             if given is not None:
                 setattr(model.config, section, given.to_json())
         if self.control is not None and self._made is not None:
-            fit_embeddings(model, self._made.tokenizer, self._control_ids(self._made.tokenizer))
+            tokenizer = self._made.tokenizer
+            fit_embeddings(model, tokenizer, ids_without_rows(model, tokenizer, self._control_ids(tokenizer)))
         return model
 
     def _model_problems(self, setup: Setup) -> Iterable[Problem]:
@@ -362,8 +363,8 @@ class MetadataCallback(TrainerPlugin):
             return
         model, tokenizer = setup.model, setup.processing_class
         ids = self._control_ids(tokenizer)
-        fitted = [is_fitted(model, token, number) for token, number in zip(self.control.tokens, ids, strict=True)]
-        if not all(fitted):
+        new = ids_without_rows(model, tokenizer, ids)
+        if new:
             try:
                 check_embeddings(model)
             except ValueError as error:
@@ -378,7 +379,19 @@ class MetadataCallback(TrainerPlugin):
                 "Build the Trainer without `optimizers`, or give the model its rows before its optimizer is made: "
                 "vocabulary.fit_embeddings(model, tokenizer, vocabulary.add_tokens(tokenizer, tokens)).",
             )
-        if not trains_rows(model, ids, all(fitted)):
+        kept = [
+            token
+            for token, number in zip(self.control.tokens, ids, strict=True)
+            if number not in new and not is_fitted(model, token, number)
+        ]
+        if kept:
+            yield Problem(
+                self.name,
+                f"the tokenizer came with {kept}, and the model keeps the rows that it has for them",
+                "If nothing has trained those, give them a start: vocabulary.fit_embeddings(model, tokenizer, ids).",
+                level="note",
+            )
+        if not trains_rows(model, ids, not new):
             yield Problem(
                 self.name,
                 "the embeddings are frozen and those of all control tokens are the same, so that the model could not "

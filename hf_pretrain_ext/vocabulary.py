@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -24,6 +25,7 @@ __all__ = [
     "add_tokens",
     "check_embeddings",
     "fit_embeddings",
+    "ids_without_rows",
     "is_fitted",
     "special_tokens",
     "trains_rows",
@@ -36,6 +38,9 @@ RECORD = "fitted_tokens"
 
 MULTIPLE = 128
 """Rows that were padded stay a multiple of the largest power of two that divided them, at most of this."""
+
+_ADDED: Any = weakref.WeakKeyDictionary()
+"""By tokenizer: the tokens that `add_tokens` gave it in this process, so that no model has trained their rows."""
 
 CHUNK = 1 << 14
 """Rows that are summed at a time: a table of 2^17 rows by 2^12 in float32 would take 2 GiB."""
@@ -88,6 +93,7 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
                 f"has gaps (largest id {max(taken):,}). Choose tokens that it has: {shown(list(special))}"
             )
         _add(tokenizer, fresh)
+        _ADDED.setdefault(tokenizer, set()).update(fresh)
     return list(tokenizer.convert_tokens_to_ids(given))
 
 
@@ -177,6 +183,23 @@ def is_fitted(model: Any, token: str, number: int) -> bool:
     """Whether the rows of `token` were initialised by [`fit_embeddings`], in this process or before it was saved."""
     known = getattr(getattr(model, "config", None), RECORD, None) or {}
     return known.get(token) == number
+
+
+def ids_without_rows(model: Any, tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """
+    Of `ids`, those for [`fit_embeddings`]: what is left out has rows already, initialised by it or trained elsewhere.
+
+    A token that the tokenizer came with, and for which the model has rows, is taken for trained.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    rows = min(map(_rows, _tables(model)), default=0)
+    names = dict(zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True))
+    added = _ADDED.get(tokenizer, set())
+    return [
+        number
+        for number, token in names.items()
+        if not is_fitted(model, token, number) and (token in added or number >= rows)
+    ]
 
 
 def trains_rows(model: Any, ids: Sequence[int], fitted: bool = True) -> bool:

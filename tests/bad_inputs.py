@@ -1605,7 +1605,7 @@ add(
     (
         "missing metadata that is not allowed",
         conditioning(documents(url=[None] * 40), missing="error"),
-        "a row has no value for ['domain'] (columns ['url'])",
+        "row 0 has no value for ['domain'] (columns ['url'])",
     ),
     ("no column of scores", conditioning(tokens={"column": "toxicity"}), f"no ['toxicity'], {COLUMNS}ControlTokens("),
     ("no column of segments", conditioning(tokens={"segments": "parts"}), "segments='parts' is no column of the "),

@@ -292,6 +292,33 @@ def test_an_adapter_resumes_exactly(tmp_path: Path) -> None:
         assert [p.shape for p in mine["params"]] == [p.shape for p in theirs["params"]]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"lora_dropout": 0.5}, {"use_rslora": True}, {"target_modules": ["q_proj", "up_proj"]}, {"bias": "all"}],
+    ids=str,
+)
+def test_another_adapter_is_another_run(change: dict[str, Any], tmp_path: Path) -> None:
+    (name,) = change
+    settings: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    same = dora()
+    trained(tmp_path, GradNormLoRPCallback(rank=4, adapter=same), **settings)
+    last = str(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=rf"plugins\.gradnormlorp\.adapter\.{name}"):
+        build(tmp_path, GradNormLoRPCallback(rank=4, adapter=dora(**change))).train(resume_from_checkpoint=last)
+    # PEFT has not written into it what "all-linear" was.
+    again = build(tmp_path, GradNormLoRPCallback(rank=4, adapter=same), max_steps=2)
+    again.train(resume_from_checkpoint=last)
+
+
+def test_modules_beside_the_adapter_decay_as_others() -> None:
+    given = adapted(target_modules=["q_proj", "up_proj"], modules_to_save=["embed_tokens", "norm"])
+    names = {id(param): name for name, param in given.named_parameters()}
+    groups = GradNormLoRPCallback(rank=4).groups(given, weight_decay=0.1)
+    decayed = [names[id(param)] for group in groups[1:] if group["weight_decay"] for param in group["params"]]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
+    assert decayed == ["base_model.model.model.embed_tokens.modules_to_save.default.weight"]
+
+
 def adapted(**settings: Any) -> Any:
     return get_peft_model(model(), dora(**settings))
 
@@ -437,6 +464,80 @@ def test_a_second_training_layer_by_layer_is_the_ordinary_one(tmp_path: Path) ->
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
+class Interrupted(TrainerCallback):
+    """Once, after a step."""
+
+    done = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2 and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_leaves_no_hooks(tmp_path: Path) -> None:
+    """Neither to a second training of the same Trainer nor to a plain one."""
+    whole = trained(tmp_path / "whole", ours(layerwise=True))
+    trainer = build(tmp_path, Interrupted(), ours(layerwise=True), save_strategy="steps", save_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    given, matrix = trainer.model, trainer.model.model.layers[0].mlp.up_proj.weight
+    before = matrix.detach().clone()
+    tiny.trainer(tmp_path / "plain", model=given, learning_rate=0.0, max_steps=1).train()
+    assert torch.equal(matrix, before)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert differences(whole, trainer) == []
+
+
+def test_the_plugin_of_an_interrupted_training_takes_its_hooks_away() -> None:
+    """Also where nothing told it that the training has ended."""
+    plugin, given = ours(layerwise=True), model()
+    args = SimpleNamespace(weight_decay=0, learning_rate=1e-2, adam_beta1=0.9, adam_beta2=0.99, adam_epsilon=1e-8)
+    args.seed = 0
+    plugin.optimizer(given, args).step_in_backward()
+    plugin.optimizer(given, args)
+    given(input_ids=torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()
+    assert all(param.grad is not None for param in given.parameters())
+    plugin.end()
+    plugin.end()
+
+
+def test_the_last_to_step_in_backward_has_the_parameters() -> None:
+    layers, groups, inputs = chain()
+    first, second = GradNormLoRP(groups, lr=1e-2), GradNormLoRP(param_groups(layers, 6), lr=1e-2)
+    first.step_in_backward()
+    layers(inputs).sum().backward()  # interrupted here
+    second.step_in_backward()
+    for _ in range(2):
+        layers(inputs).sum().backward()
+        second.step()
+    assert {state["step"] for state in second.state.values()} == {2}
+    assert {state["step"] for state in first.state.values()} == {1}
+    with pytest.raises(RuntimeError, match="another optimizer's step_in_backward has taken over parameters of this"):
+        first.step()
+    first.step_in_backward()
+    first.step()
+    with pytest.raises(RuntimeError, match="taken over"):
+        second.step()
+
+
+def test_an_optimizer_that_is_gone_updates_nothing() -> None:
+    layers, groups, inputs = chain()
+    GradNormLoRP(groups).step_in_backward()
+    before = layers[0].weight.detach().clone()
+    layers(inputs).sum().backward()
+    assert torch.equal(layers[0].weight, before) and layers[0].weight.grad is not None
+
+
+def test_frozen_parameters_have_no_hooks() -> None:
+    layers, _, inputs = chain()
+    layers[0].requires_grad_(False)
+    optimizer = GradNormLoRP(layers.parameters(), rank=6)
+    optimizer.step_in_backward()
+    layers(inputs).sum().backward()
+    assert set(optimizer.state) == set(layers[2:].parameters())
+
+
 class Terminated(TrainerCallback):
     """What the host does on SIGTERM: a checkpoint where the update of the fourth step is about to be made."""
 
@@ -480,6 +581,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"target_modules": ["q_proj", 3]},
         "target_modules must be a string or a list of names of modules, got ['q_proj'",
     ),
+    ({"tangential": True, "norm": None}, "tangential=True takes out what the magnitude follows, and with norm=None"),
     ({"layerwise": 1}, "layerwise must be True or False, got 1"),
     ({"max_matrix_norm": 1.0}, "max_matrix_norm=1.0 is of the layer-wise form: pass layerwise=True, or clip with"),
     ({"max_matrix_norm": 0, "layerwise": True}, "max_matrix_norm must be positive, or None, got 0"),
@@ -523,6 +625,27 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         {"adapter": dora(), "rank": 4},
         {"model": adapted},
         ["adapter is given, and the model has an adapter already. Leave adapter out, or pass the model without"],
+    ),
+    (
+        {"adapter": dora(rank_pattern={"q_proj": 2}), "rank": 4},
+        {},
+        ["rank=4 exceeds the rank of the adapter at model.layers.0.self_attn.q_proj, 2 by rank_pattern. Lower rank, "
+         "or raise rank_pattern['q_proj'] of the LoraConfig."],
+    ),
+    (
+        {"adapter": dora(r=40, target_modules=["k_proj", "up_proj"]), "rank": 36},
+        {},
+        ["rank=36 exceeds the smaller side of model.layers.0.self_attn.k_proj, 32. Lower rank, or leave that module"],
+    ),
+    (
+        {"adapter": dora(target_modules=["foo"]), "rank": 4},
+        {},
+        ["adapter has target_modules=['foo'], which match no module of LlamaForCausalLM. Name some that it has, such"],
+    ),
+    (
+        {"adapter": dora(), "rank": 4, "target_modules": ["q_proj"]},
+        {},
+        ["target_modules=('q_proj',) is of form A: an adapter trains the modules of its own configuration. Leave it"],
     ),
     ({"rank": 9}, {"model": adapted}, ["rank=9 exceeds the rank of the adapter, 8: lower it, or raise r of"]),
     (

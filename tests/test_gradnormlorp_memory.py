@@ -142,10 +142,19 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ({"rank": 8, "bits": 16}, "bits must be one of 4, 8, 32, got 16"),
         ({"rank": 64}, "leaves no matrix to project"),
         ({"rank": 8, "target_modules": ["c_attn"]}, "target_modules names ['c_attn']"),
+        ({"rank": None}, "rank must be an integer of at least 1, got None"),
+        (
+            {"rank": 8, "dtype": torch.float16},
+            "dtype must be torch.float32 or torch.bfloat16, or None for the model's",
+        ),
+        ({"rank": 8, "dtype": "bfloat16"}, "dtype must be torch.float32 or torch.bfloat16"),
     ):
-        with pytest.raises(ValueError) as error:
-            memory(CONFIG, **wrong)
-        assert text in str(error.value)
+        for plan in (memory, compare):
+            with pytest.raises(ValueError) as error:
+                plan(CONFIG, **wrong)
+            assert text in str(error.value)
+    with pytest.raises(ValueError, match=r"the model has torch\.float16: plan with dtype=torch\.bfloat16"):
+        memory(LlamaForCausalLM(CONFIG).half(), 8)
     with pytest.raises(ValueError, match="must be a model, a config, or a path or Hub name of one, got int"):
         memory(7, 8)
 
@@ -319,6 +328,21 @@ def test_rows_beside_others_are_hand_arithmetic() -> None:
     assert rows["GradNormLoRP, 8 bits"] == (2 * total, 2 * total, ours)
     assert rows["GradNormLoRP, 8 bits, layer-wise"] == (2 * total, 2 * 48 * 32, ours)
     assert len(rows) == 9
+
+
+def test_weights_that_modules_share_count_once() -> None:
+    """As of a model that has them in one module alone."""
+
+    class Shared(nn.Module):
+        def __init__(self, times: int):
+            super().__init__()
+            self.table = nn.Embedding(10, 64)
+            self.layers = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(times + 1))
+            for layer in list(self.layers)[1:-1]:
+                layer.weight = self.layers[0].weight
+
+    once, thrice = (compare(Shared(times), 8) for times in (1, 3))
+    assert once == thrice and all(row["state"] > 0 for row in once)
 
 
 def test_compare_takes_what_memory_takes() -> None:

@@ -202,6 +202,39 @@ def test_without_meta_attention(tmp_path: Path) -> None:
     same(model, base())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("vocabulary", [43, 50])
+@pytest.mark.parametrize("size", ["8KB", "1GB"])
+def test_a_whole_model_gives_its_row_to_a_base(tied: bool, vocabulary: int, size: str, tmp_path: Path) -> None:
+    """Whether the base has a row to spare for the token, which nothing trained, or has none."""
+    model, _, number = with_token(tied, vocabulary)
+    if not tied:
+        with torch.no_grad():
+            model.lm_head.weight[number] = -torch.arange(16.0)
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    tokens = torch.randint(3, 40, (2, 12))
+    tokens[:, 4] = number
+    for fresh in (base(tied, vocabulary), type(model).from_pretrained(tmp_path)):
+        load_meta_tokens(fresh, tmp_path)
+        assert torch.equal(logits(fresh, tokens), logits(model, tokens))
+        ours, theirs = meta_state(fresh), meta_state(model)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_removed_from_a_loaded_model_nothing_is_left_but_its_row(tmp_path: Path) -> None:
+    model, reader, number = with_token()
+    model.config.fitted_tokens["<|other|>"] = 7
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    load_meta_tokens(loaded, tmp_path)
+    remove_meta_tokens(loaded)
+    assert loaded.config.fitted_tokens == {"<|other|>": 7} and loaded.generation_config.suppress_tokens is None
+    table = loaded.get_input_embeddings().weight
+    assert torch.equal(table[number], torch.arange(16.0) / 16)
+    add_meta_tokens(loaded, reader)
+    assert torch.allclose(table[number], table[:number].mean(0))
+
+
 def test_beside_an_adapter_of_peft(tmp_path: Path) -> None:
     """The adapter in its files, the meta parts in theirs; loaded in either order."""
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -230,6 +263,31 @@ def test_beside_an_adapter_of_peft(tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "meta_tokens.safetensors").read_bytes() == (
         tmp_path / "meta_tokens.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("given", [{"use_dora": True}, {"modules_to_save": ["meta_attention", "lm_head"]}])
+def test_below_an_adapter_of_peft(given: dict[str, Any], tmp_path: Path) -> None:
+    """An adapter that came later and is of meta-attention too: its weights are in its own file alone."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model, _, number = with_token(tied=False)
+    plain = set(meta_state(model))
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False, **given))
+    assert any(p.requires_grad and "meta_attention" in name for name, p in adapted.named_parameters())
+    tokens = torch.randint(3, 40, (2, 12))
+    tokens[:, 4] = number
+    expected = logits(adapted, tokens)
+    adapted.save_pretrained(tmp_path)
+    save_meta_tokens(adapted, tmp_path)
+    assert set(meta_state(adapted)) == plain
+    first = base(tied=False)
+    load_meta_tokens(first, tmp_path)
+    loaded = PeftModel.from_pretrained(first, tmp_path)
+    assert torch.equal(logits(loaded, tokens), expected)
+    load_meta_tokens(loaded, tmp_path)
+    assert torch.equal(logits(loaded, tokens), expected)
+    with pytest.raises(ValueError, match=r"is also of meta-attention.* Call load_meta_tokens\(base, folder\) first"):
+        load_meta_tokens(get_peft_model(base(tied=False), LoraConfig(target_modules=["q_proj"])), tmp_path)
 
 
 def test_trained_saved_reloaded_and_generating(tmp_path: Path) -> None:
@@ -337,8 +395,8 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     model = base(vocabulary=64)
     attach_meta_attention(model, MetaAttentionConfig(token_id=META))
     model.save_pretrained(tmp_path / "whole")
-    with pytest.raises(ValueError, match=r"embeddings for the ids below 50\. Load the model itself"):
-        load_meta_tokens(base(vocabulary=50), tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"no row for '<\|meta\|>' \(id 63\) that .* Load the model itself"):
+        load_meta_tokens(architectures.build("GPT-2"), tmp_path / "whole")
 
 
 def test_files_hold_no_pickle(tmp_path: Path) -> None:

@@ -750,6 +750,19 @@ def test_under_accelerates_hooks() -> None:
         assert torch.equal(model(tokens).logits, expected)
 
 
+def test_offloaded_layers_are_refused() -> None:
+    """The weights of a sub-layer would be made where the layer's are: on the meta device."""
+    from accelerate import cpu_offload
+
+    model, reader = tiny.model(), tiny.tokenizer()
+    cpu_offload(model.model.layers[1], execution_device=torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match=r"layer 1 of LlamaForCausalLM is offloaded.* Load the model with a device_map"
+    ):
+        add_meta_tokens(model, reader)
+    assert attached(model) is None and "<|meta|>" not in reader.get_vocab()
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_ranks_equal_one(kind: str, tmp_path: Path) -> None:
     """One rank has meta-tokens, the other none; the gradients are the mean of those alone. FSDP2: checkpointed too."""

@@ -17,7 +17,9 @@ from hf_pretrain_ext.meta_tokens import (
     attached,
     generate,
     insert_in_prompts,
+    load_meta_tokens,
     meta_prompt_ids,
+    remove_meta_tokens,
 )
 from hf_pretrain_ext.meta_tokens import memory as memories
 from hf_pretrain_ext.vocabulary import add_tokens
@@ -194,6 +196,31 @@ def test_meta_tokens_are_suppressed_through_the_generation_config(tmp_path: Any)
         pass
 
 
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_saved_and_loaded_model_may_write_them_where_that_is_allowed(beams: int, tmp_path: Any) -> None:
+    """Its generation_config names the token from the file on."""
+    from transformers import AutoModelForCausalLM
+
+    model, reader = tiny.model(), tiny.tokenizer()
+    number, prompt = add_meta_tokens(model, reader), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():  # the head is tied: its logit is then the largest
+        state = model.eval().model(prompt).last_hidden_state[0, -1]
+        model.get_input_embeddings().weight[number] = 10 * state / state.norm()
+    model.generation_config.suppress_tokens = [7, number]
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    load_meta_tokens(loaded, tmp_path)
+    settings = {**GREEDY, "num_beams": beams, "eos_token_id": None, "pad_token_id": 0}
+    for each in (model, loaded):
+        with allow_meta_tokens(each):
+            assert each.generation_config.suppress_tokens == [7]
+            assert number in each.generate(prompt, **settings)[0, 3:]
+        assert each.generation_config.suppress_tokens == [7, number]
+        assert number not in each.generate(prompt, **settings)[0, 3:]
+    remove_meta_tokens(loaded)
+    assert loaded.generation_config.suppress_tokens == [7]
+
+
 # Prompts
 
 
@@ -262,6 +289,8 @@ def test_rules_for_batches_of_ids() -> None:
         insert_in_prompts(rows[0], token_id=60, end=1)
     with pytest.raises(ValueError, match="attention_mask has shape"):
         insert_in_prompts(rows, mask[:1], token_id=60, end=1)
+    with pytest.raises(ValueError, match="pad_token_id must be an integer from 0 on, got None"):
+        insert_in_prompts(rows, token_id=60, end=1, pad_token_id=None)  # type: ignore[arg-type]
 
 
 def test_text_is_generated_from_text() -> None:
@@ -287,8 +316,29 @@ def test_text_is_generated_from_text() -> None:
         generate(model, other, "ab", end=1)
     with pytest.raises(ValueError, match="prompts has none"):
         generate(model, reader, [], end=1)
+    with pytest.raises(ValueError, match="return_dict_in_generate=True asks for more than text"):
+        generate(model, reader, "ab", end=1, return_dict_in_generate=True)
+    model.generation_config.return_dict_in_generate = True
+    assert generate(model, reader, prompts, every=4, end=1, eos_token_id=None, **GREEDY) == several
     with pytest.raises(ValueError, match="has no meta-tokens"):
         generate(tiny.model(), reader, "ab", end=1)
+
+
+def test_what_ends_a_text_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reader = tiny.model(), tiny.tokenizer()
+    add_meta_tokens(model, reader)
+    plain, seen = type(model).generate, []
+
+    def listening(*args: Any, **inputs: Any) -> Any:
+        seen.append(inputs.get("eos_token_id", "its own"))
+        return plain(*args, **inputs)
+
+    monkeypatch.setattr(type(model), "generate", listening)
+    cases: list[Any] = [([0, 9], {}), ([0, 9], {"eos_token_id": 5}), (None, {}), (None, {"eos_token_id": None})]
+    for own, given in cases:
+        model.generation_config.eos_token_id = own
+        generate(model, reader, "abc", end=1, **GREEDY, **given)
+    assert seen == ["its own", 5, reader.eos_token_id, None]
 
 
 def test_settings_of_generate_keep_meta_tokens_out_unless_asked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -31,7 +32,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_pretrain_ext import PackedCollator, PlanConfig, PluginError, continue_from, extend, pack, read_trace
 from hf_pretrain_ext.callbacks import ForgettingCallback, MetaTokensCallback, ReplayCallback
 from hf_pretrain_ext.checkpoint import CheckpointError, find_faults
-from hf_pretrain_ext.meta_tokens import attached, load_meta_tokens
+from hf_pretrain_ext.meta_tokens import MetaAttentionConfig, MetaTraining, add_meta_tokens, attached, load_meta_tokens
 from hf_pretrain_ext.meta_tokens.batches import Insertion
 from hf_pretrain_ext.meta_tokens.rows import with_meta_tokens
 
@@ -420,6 +421,51 @@ def test_a_model_that_has_others_is_refused(tmp_path: Path) -> None:
         build(tmp_path, meta(), model=model)
 
 
+def test_settings_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
+    """Those that were passed: what is left to the model, and how its weights began, is the model's."""
+    model = trained(tmp_path, meta(meta_attention={"num_heads": 1, "eps": 1e-5}), max_steps=1).model
+    for more in ({}, {"num_heads": 1, "norm": "rmsnorm"}, {"norm": "model", "head_dim": None, "init": "normal"}):
+        assert build(tmp_path, meta(meta_attention=more), model=model)
+    asked = {"num_heads": 2, "norm": "layernorm", "dropout": 0.5, "mask_logits": False}
+    with pytest.raises(
+        PluginError,
+        match=r"num_heads=1, not 2, norm='rmsnorm', not 'layernorm', dropout=0.0, not 0.5, mask_logits=True, not F",
+    ):
+        build(tmp_path, meta(meta_attention=asked), model=model)
+
+
+def test_evaluation_before_training(tmp_path: Path) -> None:
+    """The model has no row then: plain rows are those of a bare run, others an error that says so."""
+    reader, held_out = settings.full_tokenizer()["processing_class"], tiny.rows(8, seed=5)
+    trainer = build(tmp_path, meta(), processing_class=reader, eval_dataset=held_out)
+    bare = tiny.trainer(tmp_path, eval_dataset=held_out)
+    assert trainer.evaluate()["eval_loss"] == bare.evaluate()["eval_loss"]
+    inserted = with_meta_tokens(held_out, reader, fraction=0.25)
+    with pytest.raises(
+        ValueError, match=r"holds '<\|meta\|>' \(id 64\), and the model, of 64 rows, gets one .* after"
+    ):
+        trainer.evaluate(inserted)
+    trainer.train()
+    assert np.isfinite(trainer.evaluate(inserted)["eval_loss"])
+
+
+def test_losses_without_logits_are_refused(tmp_path: Path) -> None:
+    for masks in (True, False):
+        trainer = tiny.trainer(tmp_path, meta(meta_attention={"mask_logits": masks}), **settings.full_tokenizer())
+        trainer.args.use_liger_kernel = True
+        if masks:
+            with pytest.raises(PluginError, match="use_liger_kernel=True computes the loss without logits"):
+                extend(trainer)
+        else:
+            extend(trainer)
+
+
+@pytest.mark.parametrize("train", ["meta", "all"])
+def test_meta_parts_in_half_precision_are_noted(train: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    build(tmp_path, meta(train=train), model=tiny.model().bfloat16())
+    assert ("the model is in bfloat16, and so are the meta parts" in capfd.readouterr().err) == (train == "meta")
+
+
 def test_models_with_learned_positions_need_room(tmp_path: Path) -> None:
     def gpt2(positions: int) -> Any:
         return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=positions))
@@ -465,6 +511,55 @@ def test_beside_an_adapter_every_save_holds_the_meta_parts(dora: bool, tmp_path:
     ids[:, ::5] = META
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
+
+
+TABLES: Any = [
+    ({"target_modules": ["q_proj", "embed_tokens"]}, "Embedding"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "Linear"),
+    ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "ModulesToSaveWrapper"),
+    ({"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}, "TrainableTokensWrapper"),
+]
+
+
+def untied() -> Any:
+    model = tiny.model()
+    return type(model)(type(model.config)(**{**model.config.to_dict(), "tie_word_embeddings": False}))
+
+
+@pytest.mark.parametrize(("given", "kind"), TABLES)
+def test_an_adapter_on_the_embeddings_is_in_the_way_of_a_new_row(given: Any, kind: str, tmp_path: Path) -> None:
+    model = get_peft_model(untied(), LoraConfig(r=2, **given))
+    with pytest.raises(PluginError, match=rf"a row for .* in an adapter \({kind}\)\. Give the base its row first"):
+        build(tmp_path, meta(train="meta"), model=model)
+    assert len(model.get_base_model().get_input_embeddings().weight) == 64
+    # As it says: the row first.
+    base, reader = untied(), settings.full_tokenizer()["processing_class"]
+    add_meta_tokens(base, reader)
+    before = base.get_input_embeddings().weight[META].clone()
+    if "trainable_token_indices" in given:
+        lacks = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, **given))
+        with pytest.raises(PluginError, match=r"and not that of '<\|meta\|>'\. Name it among them.*\[\.\.\., 64\]"):
+            build(tmp_path, meta(train="meta"), model=lacks, processing_class=reader)
+        with pytest.raises(ValueError, match="trains single rows of the embedding, and not that of"):
+            MetaTraining(lacks, reader, MetaAttentionConfig())
+    own = {**given, "trainable_token_indices": [5, META]} if "trainable_token_indices" in given else given
+    model = get_peft_model(base, LoraConfig(r=2, **own))
+    trained(tmp_path, meta(train="meta"), model=model, processing_class=reader, max_steps=2)
+    assert not torch.equal(model.get_base_model().get_input_embeddings().weight[META], before)
+    # A row to spare is enough, unless single rows are trained.
+    spare = {"model": get_peft_model(untied(), LoraConfig(r=2, **given)), "data": tiny.rows(40, high=40)}
+    if kind == "TrainableTokensWrapper":
+        with pytest.raises(PluginError, match=kind):
+            build(tmp_path, meta(train="meta"), processing_class=tiny.tokenizer(), **spare)
+    else:
+        assert trained(tmp_path, meta(train="meta"), processing_class=tiny.tokenizer(), max_steps=2, **spare)
+
+
+def test_an_adapter_of_transformers_own_is_refused(tmp_path: Path) -> None:
+    model = tiny.model()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(PluginError, match=r"has an adapter of model\.add_adapter.*peft\.get_peft_model"):
+        build(tmp_path, meta(), model=model)
 
 
 def test_a_resume_beside_an_adapter_needs_them(tmp_path: Path) -> None:

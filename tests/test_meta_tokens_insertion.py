@@ -113,6 +113,19 @@ def test_padding_stays_behind_and_bears_no_loss() -> None:
     assert made["meta_documents"].tolist() == [[0, 0], [0, -1]]
 
 
+@pytest.mark.parametrize("starts", [None, torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])])
+def test_padding_is_no_label_where_the_labels_are_the_text(starts: Any) -> None:
+    made = insert(
+        torch.tensor([[5, 6, 7, 8], [5, 6, 3, 3]]),
+        None,
+        torch.tensor([[1], [1]]),
+        META,
+        attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+        position_ids=starts,
+    )
+    assert made["labels"].tolist() == [[N, N, 6, 7 if starts is None else N, 8], [N, N, 6, N, N]]
+
+
 def test_types_are_kept() -> None:
     given = torch.tensor([[5, 6, 7]], dtype=torch.int32)
     made = insert(given, given, torch.tensor([[1]]), META, position_ids=given - 5, attention_mask=given > 0)
@@ -135,6 +148,8 @@ def test_no_meta_tokens_change_nothing() -> None:
         ({"positions": torch.tensor([[1], [4]])}, "positions must lie below 4"),
         ({"positions": torch.tensor([[1], [-1]])}, "0 to 1 meta-tokens a row: without an attention_mask"),
         ({"positions": torch.tensor([[1, 1], [0, 2]])}, "positions hold a place of a row twice"),
+        ({"positions": torch.tensor([[0, 2], [3, 1]])}, r"positions must rise in each row, .*, got \[3, 1\]\. Sort"),
+        ({"positions": torch.tensor([[-1, 2], [1, 3]])}, r"positions must rise in each row, .*, got \[-1, 2\]"),
         ({"labels": torch.ones(2, 4)}, r"labels must have the shape of input_ids, \(2, 3\), got \(2, 4\)"),
         ({"attention_mask": torch.tensor([[0, 1, 1]] * 2)}, "must be ones and then zeros"),
         ({"attention_mask": torch.tensor([[1, 0, 0]] * 2), "positions": torch.tensor([[2], [2]])}, "in the padding"),
@@ -153,7 +168,7 @@ def test_counts_are_those_of_decimals() -> None:
     """In floats 0.29 · 100 is 28.999999999999996."""
     assert meta_counts(0.29, [100, 101]).tolist() == [29, 29]
     assert meta_counts(0.1, 1024) == 102 and meta_counts(0.1, 9) == 0 and meta_counts(0, 10**6) == 0
-    assert checked_fraction(0.1).denominator == 10
+    assert checked_fraction(0.1).denominator == checked_fraction(np.float64(0.1)).denominator == 10
     for wrong in (-0.1, 0.51, float("nan"), True, "0.1", None):
         with pytest.raises(ValueError, match=r"fraction must be meta-tokens per token of text, from 0 to 0.5"):
             checked_fraction(wrong)
@@ -483,6 +498,8 @@ def test_ragged_rows_of_a_dataset() -> None:
     made = with_meta_tokens(rows, reader, fraction=0.5, positions="every_n", length="fixed")
     assert made["input_ids"][:] == [[5, 43, 6, 43], [9], []] and made["labels"][:] == [[N, N, 6, N], [N], []]
     assert made["attention_mask"][:] == [[1, 1, 1, 1], [1], []]
+    tagged = Dataset.from_dict({"input_ids": [[5, 6], [7]], "tags": [["a", "b"], ["c", "d"]], "url": ["x", "y"]})
+    assert with_meta_tokens(tagged, reader, fraction=0.5)["tags"][:] == [["a", "b"], ["c", "d"]]
     labelled = Dataset.from_dict({"input_ids": [[5, 6]], "labels": [[N, 6]]})
     assert with_meta_tokens(labelled, reader, fraction=0.5, positions="boundaries")["labels"][:] in (
         [[N, N, 6]],
@@ -501,6 +518,12 @@ def test_ragged_rows_of_a_dataset() -> None:
             {},
             ValueError,
             "attention_mask has zeros: rows are padded",
+        ),
+        (
+            Dataset.from_dict({"input_ids": [[5, 6], [7]], "completion_mask": [[0, 1], [1]]}),
+            {},
+            ValueError,
+            "has the column completion_mask, .*nothing says what it is at meta-tokens. Take it out with",
         ),
         (Dataset.from_dict({"input_ids": [[5]]}), {"seed": -1}, ValueError, "seed must be an integer from 0 on"),
         (Dataset.from_dict({"input_ids": [[5]]}), {"fraction": 0.6}, ValueError, "fraction must be"),

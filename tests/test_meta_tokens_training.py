@@ -188,6 +188,14 @@ def test_meta_trains_the_row_and_meta_attention() -> None:
         MetaTraining(model, reader(), tokens(), train="some")  # type: ignore[arg-type]
 
 
+def test_other_settings_than_the_models_are_refused() -> None:
+    model = tiny.model()
+    MetaTraining(model, reader(), tokens(rope="off", num_heads=1)).finish()
+    MetaTraining(model, reader(), tokens(num_heads=1, init="normal", seed=3)).finish()
+    with pytest.raises(ValueError, match=r"meta-tokens with num_heads=1, not 2, dropout=0.0, not 0.5\. Pass these"):
+        MetaTraining(model, reader(), tokens(num_heads=2, dropout=0.5))
+
+
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("tied", [True, False])
 def test_beside_an_adapter(dora: bool, tied: bool, tmp_path: Any) -> None:
@@ -278,6 +286,21 @@ def test_fused_heads_give_the_token_no_probability(bias: bool) -> None:
     (-found[0]).sum().backward()
     torch.testing.assert_close(hidden.grad, wanted, rtol=0, atol=1e-5)
     assert head.weight.grad is not None and head.weight.grad[19].abs().max() == 0
+
+
+def test_a_head_that_peft_wraps_or_zero3_splits_is_masked() -> None:
+    model = tiny.model()
+    untied = LlamaForCausalLM(model.config.__class__(**{**model.config.to_dict(), "tie_word_embeddings": False}))
+    adapted = get_peft_model(untied, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    head = adapted.get_base_model().get_output_embeddings()
+    with masked_head(head, TOKEN):
+        logits = functional.linear(torch.ones(1, 16), head.weight, head.bias)
+        assert logits.softmax(-1)[0, TOKEN] == 0 and torch.equal(head(torch.ones(1, 16)), logits)
+    assert head.bias is None
+    split = torch.nn.Linear(4, 64, bias=False)
+    split.weight.ds_shape, split.weight.data = split.weight.shape, torch.empty(0)  # as outside a forward pass
+    with masked_head(split, TOKEN):
+        assert split.bias.shape == (64,) and split.bias.argmin() == TOKEN
 
 
 def test_the_loss_of_the_model_leaves_the_token_out() -> None:

@@ -8,16 +8,27 @@ from typing import Any
 
 import pytest
 import tiny
-from datasets import Dataset, IterableDataset, load_from_disk
+import torch
+from datasets import ClassLabel, Dataset, IterableDataset, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from hf_pretrain_ext.demo.tokenizer import END_OF_TEXT, train_tokenizer
-from hf_pretrain_ext.metadata import EXTRACTORS, MissingMetadata, Template, condition, generate, prepare, prepare_views
+from hf_pretrain_ext.metadata import (
+    EXTRACTORS,
+    BlockStream,
+    ControlTokens,
+    MissingMetadata,
+    Template,
+    condition,
+    generate,
+    prepare,
+    prepare_views,
+)
 from hf_pretrain_ext.metadata.extract import clean
-from hf_pretrain_ext.metadata.inference import prompt_ids
+from hf_pretrain_ext.metadata.inference import _continued, prompt_ids
 from hf_pretrain_ext.metadata.layout import lay_out
 from hf_pretrain_ext.packing import pack
 
@@ -192,6 +203,10 @@ ADDRESSES = [
     ("https://bücher.example/ä", "xn--bcher-kva.example", "xn--bcher-kva.example", "example"),
     ("https://127.0.0.1:80/", "127.0.0.1", "127.0.0.1", None),
     ("http://[2001:db8::1]/x", "2001:db8::1", "2001:db8::1", None),
+    ("example.com:8080/a//b", "example.com", "example.com", "com"),
+    ("example.com:8080/?u=http://other.org/", "example.com", "example.com", "com"),
+    ("user:secret@example.com//x", "example.com", "example.com", "com"),
+    ("https:/example.com/x", None, None, None),
     ("", None, None, None),
     ("https://", None, None, None),
     (None, None, None, None),
@@ -208,6 +223,41 @@ def test_extractors(address: str | None, domain: str | None, registered: str | N
     assert hashed is None or (
         len(hashed) == 16 and hashed == EXTRACTORS["hashed_url"](domain if ":" not in str(domain) else address)
     )
+
+
+def test_addresses_without_a_scheme() -> None:
+    full = EXTRACTORS["url"]
+    assert full("//a.org/x") == full("https://a.org/x") == "a.org/x" and full("a.org:80//x") == "a.org:80//x"
+
+
+def test_columns_with_dots_and_with_labels_and_fields_named_as_arguments() -> None:
+    documents = Dataset.from_dict({"text": ["ab"], "meta": [{"u": "x"}], "topic": [1]})
+    documents = documents.cast_column("topic", ClassLabel(names=["law", "tax"]))
+    names = {"topic": ("topic", documents.features["topic"].int2str)}
+    for given_ in (documents, documents.flatten()):
+        for template, line in (
+            (Template("{meta.u}: "), "x: "),
+            (Template("{topic}: "), "1: "),
+            (Template("{topic}: ", names), "tax: "),
+        ):
+            tokens = prepare(given_, byte_level(), 24, template)["input_ids"][0]
+            assert byte_level().decode(tokens).startswith(f"{line}ab{END_OF_TEXT}")
+    assert Template("{self} ").render({"self": "y"}) == Template("{self} ").format(self="y") == "y "
+    assert condition("ab", "{self} ", self="y") == "y ab"
+    assert Template("{control} ").render({"control": "y"}) == "y "
+    with pytest.raises(ValueError, match=r"a field called control.*Pass values=\{'control': \.\.\.\} to generate"):
+        condition("ab", "{control} ", control="y")
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_a_format_of_the_stream_changes_nothing(kind: str) -> None:
+    rows = {"text": ["abc"] * 9, "year": [2019] * 9, "score": [0.1] * 9}
+    stream = Dataset.from_dict(rows).to_iterable_dataset()
+    for given_ in ({"template": "{year}: "}, {"control": ControlTokens(0.5, drop=0.0)}):
+        plain, other = (
+            next(iter(BlockStream(each, byte_level(), 24, **given_))) for each in (stream, stream.with_format(kind))
+        )
+        assert plain == other
 
 
 def test_templates_take_nested_columns_functions_and_several_fields() -> None:
@@ -229,8 +279,11 @@ def test_missing_metadata(tmp_path: Path) -> None:
     assert (report.missing, report.conditioned_documents) == (2, 3)
     _, report = prepare(documents, byte_level(), 16, Template("{at}:", missing="plain"), return_report=True)
     assert (report.missing, report.conditioned_documents) == (2, 1)
-    with pytest.raises(MissingMetadata, match=r"no value for \['at'\] \(columns \['at'\]\)"):
-        prepare(documents, byte_level(), 16, Template("{at}:", missing="error"))
+    strict = Template("{at}:", missing="error")
+    with pytest.raises(MissingMetadata, match=r"row 1 has no value for \['at'\] \(columns \['at'\]\)"):
+        prepare(documents, byte_level(), 16, strict)
+    with pytest.raises(MissingMetadata, match="row 1 has no value"):
+        list(BlockStream(documents.to_iterable_dataset(), byte_level(), 16, strict))
 
 
 @settings(max_examples=200, deadline=None)
@@ -392,6 +445,70 @@ def test_prompts_begin_as_training_did() -> None:
         condition("ab", template, on="x")
 
 
+@pytest.mark.parametrize(
+    "value", [None, "", " ", "\u202e", "\u200b\n", "a \u200b b", ["law", None, "tax"], ("a",), [], 7, 0.5], ids=repr
+)
+def test_values_are_cleaned_as_in_training(value: Any) -> None:
+    template = Template("{at}: ")
+    line = template.render({"at": value})
+    assert line is not None and condition("x", template, at=value) == f"{line}x"
+    assert line == f"{clean(line[:-2])}: " and "  " not in line
+    if line == "unknown: ":
+        for missing in ("plain", "error"):
+            with pytest.raises(ValueError, match="at must have a value, got"):
+                condition("x", Template("{at}: ", missing=missing), at=value)  # type: ignore[arg-type]  # one of them
+
+
+def test_what_is_written_joins_the_prompt() -> None:
+    """SentencePiece has the space before a word in the word's token."""
+    model = tiny.model()
+    model.lm_head.weight.data.zero_()
+    word = unigram().convert_tokens_to_ids("▁ab")
+    bias = torch.eye(tiny.VOCABULARY)[word] * 9
+    model.lm_head.register_forward_hook(lambda module, args, output: output + bias)
+    given: dict[str, Any] = {"values": {"at": "x"}, "max_new_tokens": 2, "do_sample": False}
+    assert generate(model, unigram(), "ab", "{at}:", **given) == " ab ab"
+    # The text itself begins here, without a space as in training.
+    assert generate(model, unigram(), "", "{at}:", **given) == "ab ab"
+    # A prompt may end amid a character, as this é.
+    whole = prompt_ids(byte_level(), "é")
+    assert len(whole) == 2 and _continued(byte_level(), whole[:1], whole[1:]) == "\ufffd"
+
+
+def test_generation_gives_one_text() -> None:
+    model = tiny.model()
+    for several in (
+        {"num_return_sequences": 3},
+        {"return_dict_in_generate": True},
+        {"generation_config": GenerationConfig(num_return_sequences=3, do_sample=True)},
+    ):
+        with pytest.raises(ValueError, match="asks for more than the one text that generate returns"):
+            generate(model, byte_level(), "ab", max_new_tokens=1, **several)  # type: ignore[arg-type]  # one of them
+    with pytest.raises(ValueError, match="values must be a dict by field of the template, got 'x'"):
+        generate(model, byte_level(), "ab", "{at}:", values="x")  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(ValueError, match=r"prompt must be a string, got \['a', 'b'\]"):
+        condition(["a", "b"], "{at}:", at="x")  # type: ignore[arg-type]  # on purpose
+
+
+def test_tokens_that_are_suppressed_stay_so() -> None:
+    """As an argument, in a generation_config and in the model's; an end of the text given there holds too."""
+    model, tokenizer = tiny.model(vocabulary=257), byte_level()
+    model.lm_head.weight.data.zero_()
+    first, second = (tokenizer.convert_tokens_to_ids(sign) for sign in "ab")
+    bias = torch.zeros(257)
+    bias[first], bias[second] = 9.0, 5.0
+    model.lm_head.register_forward_hook(lambda module, args, output: output + bias)
+    given: dict[str, Any] = {"max_new_tokens": 2}
+    config = GenerationConfig(suppress_tokens=[first], do_sample=False)
+    assert generate(model, tokenizer, "b", do_sample=False, **given) == "aa"
+    assert generate(model, tokenizer, "b", do_sample=False, suppress_tokens=[first], **given) == "bb"
+    assert generate(model, tokenizer, "b", generation_config=config, **given) == "bb"
+    end = GenerationConfig(eos_token_id=first, do_sample=False)
+    assert generate(model, tokenizer, "b", generation_config=end, **given) == "a"
+    model.generation_config.suppress_tokens = [first]
+    assert generate(model, tokenizer, "b", do_sample=False, **given) == "bb"
+
+
 def test_generation_can_forbid_control_tokens() -> None:
     """With a model that would write nothing but the padding token."""
     tokenizer = with_bos()
@@ -402,7 +519,7 @@ def test_generation_can_forbid_control_tokens() -> None:
     bias[tokenizer.pad_token_id], bias[tokenizer.convert_tokens_to_ids("c")] = 9.0, 5.0
     head.register_forward_hook(lambda module, args, output: output + output.new_tensor(bias))
     given: dict[str, Any] = {"values": {"at": "p"}, "max_new_tokens": 4, "do_sample": False}
-    assert generate(model, tokenizer, "ab", "{at}:", **given) == "c c c c"
+    assert generate(model, tokenizer, "ab", "{at}:", **given) == " c c c c"
     assert generate(model, tokenizer, "ab", "{at}:", forbid_control_tokens=False, **given) == ""
     with pytest.raises(ValueError, match="prompt is empty"):
         generate(model, byte_level(), "", max_new_tokens=1)

@@ -99,6 +99,45 @@ def test_rows_are_initialised_once(rows: int, tmp_path: Path) -> None:
         end = rows_of(model, tokenizer)
 
 
+def with_tokens(*tokens: str) -> Any:
+    """A tokenizer that came with them."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": list(tokens)})
+    return tokenizer
+
+
+def test_rows_that_were_trained_elsewhere_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By a second train() too; tokens that are added now, or have no rows, begin with the mean."""
+    for tokenizer, rows, kept in (
+        (with_tokens(G, B), WITHIN, [True, True]),
+        (with_tokens(G), WITHIN, [True, False]),
+        (with_tokens(G, B), BEYOND, [False, False]),
+        (tiny.tokenizer(), WITHIN, [False, False]),
+    ):
+        caplog.clear()
+        start = AtStart()
+        trained = trainer(tmp_path, callback(), start, rows=rows, processing_class=tokenizer)
+        before = trained.model.get_input_embeddings().weight.detach().clone()
+        said = any("and the model keeps the rows that it has" in record.message for record in caplog.records)
+        assert said == any(kept)
+        trained.train()
+        for number, stays in enumerate(kept):
+            row = before[SIZE + number] if stays else before[: SIZE + kept[0]].mean(0)
+            torch.testing.assert_close(start.rows[number], row, rtol=0, atol=0 if stays else 1e-7)
+        end = rows_of(trained.model, tokenizer)
+        trained.train()
+        assert torch.equal(start.rows, end)
+
+
+def test_resume_is_exact_with_rows_that_were_kept(tmp_path: Path) -> None:
+    whole = trainer(tmp_path, callback(), rows=WITHIN, processing_class=with_tokens(G, B), save_strategy="steps")
+    whole.args.save_steps = whole.state.save_steps = 3
+    whole.train()
+    resumed = trainer(tmp_path, callback(), rows=WITHIN, processing_class=with_tokens(G, B))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert tiny.same_weights(whole, resumed)
+
+
 @pytest.mark.parametrize("rows", [WITHIN, BEYOND])
 @pytest.mark.parametrize("loaded", [False, True])
 def test_resume_is_exact(rows: int, loaded: bool, tmp_path: Path) -> None:

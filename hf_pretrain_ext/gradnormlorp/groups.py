@@ -28,6 +28,8 @@ def projected_modules(
     Raises:
         `ValueError`: if nothing matches, or part of a list matches nothing.
     """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
     ends = [
         getattr(model, getter)()
         for getter in ("get_input_embeddings", "get_output_embeddings")
@@ -76,7 +78,8 @@ def _ends(name: str, part: str) -> bool:
 def adapter_groups(model: Any, rank: int, weight_decay: float = 0.0, **settings: Any) -> list[dict[str, Any]]:
     """Groups of a PEFT DoRA adapter (form B): gradients of the factors A and B projected, magnitudes in plain AdamW.
 
-    DoRA normalises the weight itself, so the factors' groups have `norm=None`.
+    DoRA normalises the weight itself, so the factors' groups have `norm=None`. Weight decay is of matrices, also of
+    those that `modules_to_save` trains in full.
 
     Raises:
         `ValueError`: if no trained parameter is a factor, one is smaller than the rank, or there is no DoRA magnitude.
@@ -94,9 +97,18 @@ def adapter_groups(model: Any, rank: int, weight_decay: float = 0.0, **settings:
             f"rank={rank} exceeds the rank of the adapter, {smallest}: lower it, or raise r of LoraConfig"
         )
     chosen = {id(param) for _, param in factors}
-    rest = [param for _, param in trained if id(param) not in chosen]
+    rest = [(name, param) for name, param in trained if id(param) not in chosen]
+    # Magnitudes of convolutions are no vectors by shape.
+    decays = {id(param) for name, param in rest if param.ndim > 1 and not _MAGNITUDE.search(name)}
+    matrices = [param for _, param in rest if id(param) in decays]
+    vectors = [param for _, param in rest if id(param) not in decays]
     projected = {"params": [param for _, param in factors], "rank": rank, "weight_decay": weight_decay, "norm": None}
-    return [projected | settings, {"params": rest, "rank": None, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        projected | settings,
+        {"params": matrices, "rank": None, "weight_decay": weight_decay},
+        {"params": vectors, "rank": None, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 _FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_pretrain_ext.gradnormlorp.groups import param_groups, projected_modules
-from hf_pretrain_ext.gradnormlorp.optimizer import CHUNK, settings_of
+from hf_pretrain_ext.gradnormlorp.optimizer import CHUNK, DTYPES, settings_of
 from hf_pretrain_ext.gradnormlorp.projector import OVERSAMPLING, projects_right
 from hf_pretrain_ext.gradnormlorp.quantised import CHUNK as ROUNDED
 from hf_pretrain_ext.gradnormlorp.quantised import basis_bytes, moment_bits, moment_bytes
@@ -105,8 +105,21 @@ def memory(
     settings: dict[str, Any] = {"bits": bits, "projector_bits": projector_bits, "norm": norm, "proj_type": proj_type}
     settings_of(rank=rank, **settings)
     model = on_meta(model_or_config)
+    _check_dtype(model, dtype)
     groups = param_groups(model, rank, target_modules)
     return memory_of(model, [{**settings, **group} for group in groups], dtype, layerwise)
+
+
+def _check_dtype(model: nn.Module, dtype: Any) -> None:
+    """Raises `ValueError` for what the optimizer would refuse."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, or None for the model's own, got {dtype!r}")
+    own = {param.dtype for param in model.parameters() if param.requires_grad}
+    if dtype is None and (others := sorted(map(str, own.difference(DTYPES)))):
+        raise ValueError(
+            f"parameters must be float32 or bfloat16, and the model has {', '.join(others)}: plan with "
+            "dtype=torch.bfloat16, and load it so to train it"
+        )
 
 
 def memory_of(
@@ -209,7 +222,9 @@ def compare(
     its 8-bit form: moments in 8 bits), LoRA and DoRA with frozen weights and Adam in float32 on their factors.
     """
     model = on_meta(model_or_config)
-    modules = projected_modules(model, rank, target_modules)
+    _check_dtype(model, dtype)
+    # A weight that several modules share is trained once.
+    modules = {id(module.weight): module for module in projected_modules(model, rank, target_modules).values()}
     matrices = [tuple(module.weight.shape) for module in modules.values()]
     total = sum(param.numel() for param in model.parameters())
     rest = total - sum(rows * columns for rows, columns in matrices)

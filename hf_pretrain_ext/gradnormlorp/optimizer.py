@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_pretrain_ext.gradnormlorp.projector import PROJ_TYPES, keyed_generator, leading_basis, projects_right
 from hf_pretrain_ext.gradnormlorp.quantised import (
@@ -45,6 +47,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 LAYOUT = ("rank", "proj_type", "bits", "projector_bits", "norm", "transposed")
 """Settings that decide what a state consists of: it loads only with the same ones."""
+
+_HOOKED: Any = WeakTensorKeyDictionary()
+"""By parameter: a reference to the optimizer whose `step_in_backward` updates it."""
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -133,6 +138,7 @@ class GradNormLoRP(Optimizer):
         given = locals()
         defaults = {name: given.get(name, default) for name, default in DEFAULTS.items()}
         self._hooks: list[RemovableHandle] = []
+        self._replaced = False
         self._updated: dict[Tensor, Tensor] = {}
         self._places: dict[Tensor, tuple[int, dict[str, Any]]] = {}
         _check_settings(defaults)
@@ -148,6 +154,7 @@ class GradNormLoRP(Optimizer):
         super().__setstate__(state)
         # Of a copy or a pickle: hooks belong to the parameters of the optimizer that it was made from.
         self.__dict__.setdefault("_hooks", [])
+        self.__dict__.setdefault("_replaced", False)
         self.__dict__.setdefault("_updated", {})
         self._places = {}
 
@@ -207,6 +214,11 @@ class GradNormLoRP(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; with `step_in_backward`, the end of the step."""
+        if self._replaced:
+            raise RuntimeError(
+                "another optimizer's step_in_backward has taken over parameters of this one: step with that one, or "
+                "call this one's step_in_backward() or step_after_backward() to take them back"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -222,7 +234,8 @@ class GradNormLoRP(Optimizer):
 
         One matrix's gradient then exists at a time. `step` still ends each step; one backward a step (a second raises
         RuntimeError: gradients cannot accumulate, since none is left). Several processes need their gradients
-        averaged first, so this is for one.
+        averaged first, so this is for one. Parameters are taken over from an earlier optimizer, whose `step` then
+        raises RuntimeError.
 
         Args:
             max_norm (`float`, *optional*): clips each parameter's gradient to this norm. The norm over all parameters
@@ -231,33 +244,42 @@ class GradNormLoRP(Optimizer):
         if max_norm is not None and not 0 < max_norm < math.inf:
             raise ValueError(f"max_norm must be positive, or None for no clipping, got {max_norm!r}")
         self.step_after_backward()
+        params = [param for param in self._parameters() if param.requires_grad]
+        mine = weakref.ref(self)
+        for param in params:
+            # Of a training that was interrupted; were it still stepped, its own step says so.
+            other = _HOOKED.get(param, lambda: None)()
+            if other is not None and other is not self and other._hooks:
+                other.step_after_backward()
+                other._replaced = True
+            _HOOKED[param] = mine
 
         @torch.no_grad()
         def update(param: Tensor) -> None:
-            if param in self._updated:
+            optimizer = mine()
+            if optimizer is None:  # nobody steps with it any more
+                return
+            if param in optimizer._updated:
                 raise RuntimeError(
                     "a second backward before optimizer.step(): with step_in_backward gradients cannot accumulate. "
                     "Call step() after each backward, or step_after_backward() to accumulate"
                 )
-            gradient = param.grad
-            if gradient is None:
-                raise RuntimeError(
-                    "another optimizer's step_in_backward has used this gradient: call its step_after_backward()"
-                )
+            gradient = cast(Tensor, param.grad)
             norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
             if max_norm is not None:
                 gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-            self._update(param)
-            self._updated[param] = norm
+            optimizer._update(param)
+            optimizer._updated[param] = norm
             param.grad = None
 
-        self._hooks = [param.register_post_accumulate_grad_hook(update) for param in self._parameters()]
+        self._hooks = [param.register_post_accumulate_grad_hook(update) for param in params]
 
     def step_after_backward(self) -> None:
         """Undoes `step_in_backward`."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._replaced = False
 
     @property
     def updated_in_backward(self) -> bool:
@@ -550,6 +572,11 @@ def _check_settings(group: dict[str, Any]) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
             raise ValueError(f"{key} must be an integer of at least {lowest}, got {value!r}")
+    if group["tangential"] and group["norm"] is None and group["rank"] is not None:
+        raise ValueError(
+            "tangential=True takes out what the magnitude follows, and with norm=None there is no magnitude. Pass "
+            "norm='out', or tangential=False"
+        )
     if group["bits"] < 32 or group["projector_bits"] == 4:
         functional()
 

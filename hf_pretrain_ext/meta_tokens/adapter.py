@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_pretrain_ext.meta_tokens.attach import (
+    MetaTokens,
     attach_meta_attention,
     attached,
     detach_meta_attention,
@@ -29,7 +31,7 @@ from hf_pretrain_ext.meta_tokens.attach import (
     unwrapped,
 )
 from hf_pretrain_ext.meta_tokens.config import KEY, SECTION, MetaAttentionConfig
-from hf_pretrain_ext.meta_tokens.layers import CHILD
+from hf_pretrain_ext.meta_tokens.layers import CHILD, unadapted
 from hf_pretrain_ext.rng import rng_guard
 from hf_pretrain_ext.values import reason, shown
 from hf_pretrain_ext.vocabulary import RECORD, add_tokens
@@ -48,12 +50,14 @@ CONFIG_FILE = "meta_tokens_config.json"
 WEIGHTS_FILE = "meta_tokens.safetensors"
 
 _LAYER = re.compile(rf"(?:^|\.)(\d+)\.{CHILD}\.(?:modules_to_save\.[^.]+\.)?(\w+\.\w+)$")
+_WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
+_ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def meta_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     """
     The parameters of meta-attention by name, `layers.<number>.<parameter>`: what `train="meta"` trains besides the
-    token's row.
+    token's row. What an adapter of PEFT put there is left out: its own files have it.
 
     Raises:
         `ValueError`: the model has no meta-tokens.
@@ -61,8 +65,17 @@ def meta_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     return {
         f"layers.{site.place.layer}.{name}": parameter
         for site in required(model).sites
-        for name, parameter in site.attention.named_parameters()
+        for name, parameter in _own(site.attention)
     }
+
+
+def _own(module: Any, prefix: str = "") -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters of a module, under the names that they have without an adapter."""
+    module = unadapted(module)
+    for name, parameter in module.named_parameters(recurse=False):
+        yield f"{prefix}{name}", parameter
+    for name, child in module.named_children():
+        yield from _own(child, f"{prefix}{name}.")
 
 
 def meta_state(model: Any) -> dict[str, Tensor]:
@@ -124,7 +137,8 @@ def load_meta_tokens(model: Any, path: str | os.PathLike[str], tokenizer: Any = 
     Args:
         model ([`~transformers.PreTrainedModel`]): the base model of what was saved, or the saved model itself as
             `from_pretrained` gives it (it warns that it leaves out `meta_attention` weights; they come here). A model
-            that has meta-tokens with the same settings gets the weights alone.
+            that has meta-tokens with the same settings gets the weights alone. From the folder of a whole model,
+            the token's row comes too, and nothing else of it.
         path (`str` or `PathLike`): a folder: of [`save_meta_tokens`], of `save_pretrained`, or a checkpoint.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): gets the token too, if it lacks it.
 
@@ -144,7 +158,6 @@ def load_meta_tokens(model: Any, path: str | os.PathLike[str], tokenizer: Any = 
     """
     folder = Path(path)
     config = _read_config(folder)
-    state = _read_weights(folder)
     number = config.token_id
     if number is None:
         raise ValueError(f"{folder} names no token_id, so it was not written by this package. Save it again")
@@ -156,7 +169,18 @@ def load_meta_tokens(model: Any, path: str | os.PathLike[str], tokenizer: Any = 
                 "the tokenizer that was saved with it"
             )
     inner, tokens = unwrapped(model), attached(model)
+    state = _read_weights(folder, inner, number)
+    came = KEY in (getattr(inner.config, SECTION, None) or {}) if tokens is None else tokens.came
+    if came and not set(_rows(inner)) <= set(state):
+        # The model came from such files, and has its rows from there.
+        state = {name: tensor for name, tensor in state.items() if name not in _rows(inner)}
+    elif "input_embedding" not in state:
+        raise ValueError(
+            f"{folder} holds no row for {shown(config.token)} (id {number}) that could be told to be one of "
+            f"{type(inner).__name__}'s embeddings. Load the model itself from this folder first"
+        )
     if tokens is None:
+        _check_adapter(inner, folder)
         before = keep_tables(inner, number)
         _make_room(inner, config, state)
         attach_meta_attention(model, config)
@@ -200,33 +224,75 @@ def _read_config(folder: Path) -> MetaAttentionConfig:
     )
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors under the names of [`meta_state`]; from a whole model, those of meta-attention only."""
+def _check_adapter(model: Any, folder: Path) -> None:
+    """Weights of an adapter that was put in before the sub-layers that they are of are lost."""
+    path = folder / _ADAPTER_FILE
+    if getattr(model, "peft_config", None) and path.is_file():
+        with _opened(path) as file:
+            adapted = any(f".{CHILD}." in name for name in file.keys())
+        if adapted:
+            raise ValueError(
+                f"the adapter in {folder} is also of meta-attention, which the model did not have when the adapter "
+                "was put in. Call load_meta_tokens(base, folder) first, then PeftModel.from_pretrained(base, folder)"
+            )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import safe_open
 
-    own = folder / WEIGHTS_FILE
-    index = folder / "model.safetensors.index.json"
-    if own.is_file():
-        files = [own]
-    elif index.is_file():
-        named = json.loads(index.read_text("utf-8"))["weight_map"]
-        files = sorted({folder / file for name, file in named.items() if _LAYER.search(name)})
-    else:
-        files = [folder / "model.safetensors"]
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the folder holds the settings of meta-tokens, but not their weights")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({reason(error)}). Copy or save it again") from error
+
+
+def _read_weights(folder: Path, model: Any, number: int) -> dict[str, Tensor]:
+    """The tensors under the names of [`meta_state`]; from a whole model, the token's rows where they are found."""
+    own, index = folder / WEIGHTS_FILE, folder / "model.safetensors.index.json"
     state: dict[str, Tensor] = {}
-    for path in files:
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: the folder holds the settings of meta-tokens, but not their weights")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    found = _LAYER.search(name)
-                    if path == own or found:
-                        key = name if found is None else f"layers.{found[1]}.{found[2]}"
-                        state[key] = file.get_tensor(name)
-        except Exception as error:
-            raise ValueError(f"{path} cannot be read ({reason(error)}). Copy or save it again") from error
+    if own.is_file():
+        with _opened(own) as file:
+            # An adapter on meta-attention has files of its own; earlier versions wrote it here too.
+            for name in file.keys():
+                if ".lora_" not in name:
+                    state[name.replace(".base_layer", "")] = file.get_tensor(name)
+        return state
+    if index.is_file():
+        held = {name: folder / file for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+    else:
+        path = folder / "model.safetensors"
+        with _opened(path) as file:
+            held = dict.fromkeys(file.keys(), path)
+    layers = {name: f"layers.{found[1]}.{found[2]}" for name in held if (found := _LAYER.search(name))}
+    tables = {name: getattr(table, part) for name, (table, part) in _rows(model).items()}
+    rows = {called: name for name, table in tables.items() if (called := _held_as(model, table, held))}
+    for path in sorted({held[name] for name in (*layers, *rows)}):
+        with _opened(path) as file:
+            for name in file.keys():
+                if name in layers:
+                    state[layers[name]] = file.get_tensor(name)
+                elif name in rows:
+                    table = file.get_slice(name)
+                    length, *sizes = table.get_shape()
+                    if number < length and sizes == list(tables[rows[name]].shape[1:]):
+                        state[rows[name]] = table[number : number + 1][0]
     return state
+
+
+def _held_as(model: Any, parameter: Tensor, held: Iterable[str]) -> str | None:
+    """The name in the files of a whole model of what is a parameter of this one; None if it is not clear."""
+    names = [name for name, each in model.named_parameters(remove_duplicate=False) if each is parameter]
+    names = [_WRAPPED.sub("", name) for name in names]
+    if same := [name for name in names if name in held]:
+        return same[0]
+    # Some files have another prefix than the model.
+    ends = [".".join(name.split(".")[-2:]) for name in names[:1]]
+    alike = [name for name in held for end in ends if f".{name}".endswith(f".{end}")]
+    return alike[0] if len(alike) == 1 else None
 
 
 def _make_room(model: Any, config: MetaAttentionConfig, state: Mapping[str, Tensor]) -> None:
@@ -300,6 +366,7 @@ def remove_meta_tokens(model: Any) -> None:
     detach_meta_attention(model)
     before, number = tokens.before, tokens.passes.token_id
     if not before:
+        _forget(inner, tokens)
         return
     if before["rows"] < inner.get_input_embeddings().weight.shape[0]:
         with rng_guard():
@@ -313,3 +380,15 @@ def remove_meta_tokens(model: Any) -> None:
             delattr(inner.config, RECORD)
     else:
         setattr(inner.config, RECORD, before["fitted"])
+    _forget(inner, tokens)
+
+
+def _forget(model: Any, tokens: MetaTokens) -> None:
+    """What the files of the model say of the token's row: meta-tokens that are added later begin anew."""
+    fitted = getattr(model.config, RECORD, None) or {}
+    if tokens.came and fitted.get(tokens.config.token) == tokens.passes.token_id:
+        left = {token: number for token, number in fitted.items() if token != tokens.config.token}
+        if left:
+            setattr(model.config, RECORD, left)
+        else:
+            delattr(model.config, RECORD)

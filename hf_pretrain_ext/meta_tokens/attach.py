@@ -43,6 +43,7 @@ class MetaTokens:
     handles: list[Any]
     masked: bool
     suppressed: bool = False
+    came: bool = False  # with the model's files: what these entered for the token is to go with it
     before: dict[str, Any] = field(default_factory=dict)
 
     def mask(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -238,8 +239,9 @@ def attach_meta_attention(model: Any, config: MetaAttentionConfig) -> None:
         handles.append(head.register_forward_hook(tokens.mask))
         handles.append(inner.register_forward_hook(tokens.mask_again))
     setattr(inner, _ATTRIBUTE, tokens)
-    _suppress(inner, tokens)
     others = getattr(inner.config, SECTION, None) or {}
+    tokens.came = KEY in others
+    _suppress(inner, tokens)
     setattr(inner.config, SECTION, {**others, KEY: asdict(tokens.config)})
 
 
@@ -296,7 +298,11 @@ def _modules(model: Any, config: MetaAttentionConfig, found: Survey) -> list[Met
 def _suppress(model: Any, tokens: MetaTokens) -> None:
     """Enters the token among those that `generate` never writes."""
     settings = getattr(model, "generation_config", None)
-    if settings is None or tokens.passes.token_id in (settings.suppress_tokens or []):
+    if settings is None:
+        return
+    if tokens.passes.token_id in (settings.suppress_tokens or []):
+        # Saved files hold what was entered here before; else it is the user's.
+        tokens.suppressed = tokens.came
         return
     settings.suppress_tokens = [*(settings.suppress_tokens or []), tokens.passes.token_id]
     tokens.suppressed = True
@@ -305,9 +311,13 @@ def _suppress(model: Any, tokens: MetaTokens) -> None:
 def _release(model: Any, tokens: MetaTokens) -> None:
     """Undoes [`_suppress`]."""
     if tokens.suppressed:
-        left = [number for number in model.generation_config.suppress_tokens or [] if number != tokens.passes.token_id]
-        model.generation_config.suppress_tokens = left or None
+        _leave_out(model.generation_config, tokens.passes.token_id)
         tokens.suppressed = False
+
+
+def _leave_out(settings: Any, number: int) -> None:
+    left = [each for each in settings.suppress_tokens or [] if each != number]
+    settings.suppress_tokens = left or None
 
 
 @contextmanager
@@ -326,15 +336,18 @@ def allow_meta_tokens(model: Any) -> Iterator[None]:
     ```
     """
     tokens = required(model)
-    inner, masked, suppressed = unwrapped(model), tokens.masked, tokens.suppressed
+    settings, masked = getattr(unwrapped(model), "generation_config", None), tokens.masked
+    # Whoever entered it: this package, the files of the model, the user.
+    before = getattr(settings, "suppress_tokens", None)
     try:
         tokens.masked = False
-        _release(inner, tokens)
+        if before:
+            _leave_out(settings, tokens.passes.token_id)
         yield
     finally:
         tokens.masked = masked
-        if suppressed:
-            _suppress(inner, tokens)
+        if settings is not None and before:
+            settings.suppress_tokens = before
 
 
 def required(model: Any) -> MetaTokens:

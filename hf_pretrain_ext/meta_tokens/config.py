@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, get_args
 
 from hf_pretrain_ext.values import check_flag, check_integers, is_number, shown
 
-__all__ = ["KEY", "SECTION", "MetaAttentionConfig"]
+__all__ = ["KEY", "SECTION", "MetaAttentionConfig", "differences"]
 
 SECTION = "hf_pretrain_ext"
 """Attribute of a model's config that holds what this package put into the model."""
@@ -90,3 +91,26 @@ class MetaAttentionConfig:
             raise ValueError(f"dropout must be a number from 0 up to but not 1, got {shown(self.dropout)}")
         if self.eps is not None and (not is_number(self.eps) or self.eps <= 0):
             raise ValueError(f"eps must be a positive number or None, got {shown(self.eps)}")
+
+
+def differences(there: MetaAttentionConfig, asked: MetaAttentionConfig, names: Iterable[str]) -> str:
+    """
+    What a model has and what it is asked to have, of the settings `names`; empty where they agree.
+
+    What a setting leaves to the model, and what is past once the model has its weights, agrees with all.
+
+    Example:
+
+    >>> differences(MetaAttentionConfig(rope="off", norm="rmsnorm"), MetaAttentionConfig(), ["rope", "norm", "eps"])
+    "rope='off', not 'on'"
+    """
+    past = {"token_id", "init", "seed"}
+    if not there.attention:
+        past |= {each.name for each in fields(MetaAttentionConfig)} - {"token", "attention", "mask_logits"}
+    ours, theirs = asdict(asked), asdict(there)
+    differ = [
+        name
+        for name in dict.fromkeys(names)
+        if name not in past and ours[name] not in (None, theirs[name]) and (name, ours[name]) != ("norm", "model")
+    ]
+    return ", ".join(f"{name}={theirs[name]!r}, not {ours[name]!r}" for name in differ)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_pretrain_ext.meta_tokens.layers import unadapted
+
 __all__ = ["MASKED", "masked_head"]
 
 MASKED = -1e30
@@ -21,7 +23,7 @@ def masked_head(head: Any, token_id: int) -> Iterator[None]:
     Inside, the head has a bias that masks the token. A forward pass keeps it for its backward pass.
 
     No logits are copied: the bias is one number a token. A head with a bias of its own keeps it, masked for good: at a
-    logit that takes no probability there is no gradient either.
+    logit that takes no probability there is no gradient either. Of a head that PEFT wraps, it is the head inside.
 
     Example:
 
@@ -31,6 +33,7 @@ def masked_head(head: Any, token_id: int) -> Iterator[None]:
     >>> masked[0, 2].item(), head.bias is None
     (0.0, True)
     """
+    head = unadapted(head)
     own = head.bias
     if own is not None:
         with torch.no_grad():
@@ -38,7 +41,8 @@ def masked_head(head: Any, token_id: int) -> Iterator[None]:
         yield
         return
     weight = head.weight
-    bias = weight.new_zeros(weight.shape[0])
+    # Under ZeRO-3 a weight outside its module's forward pass has no elements.
+    bias = weight.new_zeros(getattr(weight, "ds_shape", weight.shape)[0])
     bias[token_id] = max(torch.finfo(weight.dtype).min, MASKED)
     head.bias = nn.Parameter(bias, requires_grad=False)
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_pretrain_ext.meta_tokens.attach import allow_meta_tokens, required
+from hf_pretrain_ext.meta_tokens.attach import allow_meta_tokens, required, unwrapped
 from hf_pretrain_ext.packing import checked_tokenizer, opening, text_encoder, text_ids
 from hf_pretrain_ext.values import check_flag, check_integers, is_whole, shown
 
@@ -40,7 +40,8 @@ def meta_prompt_ids(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): one that has the token.
         prompt (`str`): the text.
         token (`str`, *optional*, defaults to `"<|meta|>"`): the meta-token.
-        every (`int`, *optional*): one behind every so many tokens of text.
+        every (`int`, *optional*): one behind every so many tokens of text. A token that the tokenizer begins texts
+            with is not counted; [`insert_in_prompts`], which cannot tell it from text, counts it.
         marks (`str` or `Sequence[str]`, *optional*): pieces of text that each become a meta-token.
         end (`int`, *optional*, defaults to 0): so many at the end.
 
@@ -111,7 +112,8 @@ def insert_in_prompts(
         input_ids (`Tensor`): `(batch, length)`.
         attention_mask (`Tensor`, *optional*): the same, 0 where padding stands, on either side.
         token_id (`int`): the meta-token.
-        every (`int`, *optional*): one behind every so many tokens of text.
+        every (`int`, *optional*): one behind every so many tokens, a first one such as `<bos>` among them (unlike
+            [`meta_prompt_ids`]).
         after (`Sequence[int]`, *optional*): one behind each of these tokens.
         end (`int`, *optional*, defaults to 0): so many at the end.
         pad_token_id (`int`, *optional*, defaults to 0): what pads; it is left out of attention.
@@ -132,6 +134,7 @@ def insert_in_prompts(
     if isinstance(after, int) or not all(is_whole(each) for each in after):
         raise ValueError(f"after must be token ids, got {shown(after)}")
     _check_rules(every=every, end=end, others=len(after) > 0)
+    check_integers(token_id=(token_id, 0, None, False), pad_token_id=(pad_token_id, 0, None, False))
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         raise ValueError(f"input_ids must be a tensor of shape (batch, length), got {shown(input_ids)}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -186,7 +189,8 @@ def generate(
         `str` or `list[str]`: the new text alone, without special tokens.
 
     Raises:
-        `ValueError`: the model or tokenizer has no meta-tokens, or no rule says where they go.
+        `ValueError`: the model or tokenizer has no meta-tokens, no rule says where they go, or more than text is asked
+            for.
 
     Example:
 
@@ -195,6 +199,11 @@ def generate(
     ```
     """
     check_flag("write_meta_tokens", write_meta_tokens)
+    if settings.get("return_dict_in_generate"):
+        raise ValueError(
+            "return_dict_in_generate=True asks for more than text, which is what generate returns. Call "
+            "model.generate(**insert_in_prompts(...), return_dict_in_generate=True)"
+        )
     tokens, tokenizer = required(model), checked_tokenizer(tokenizer)
     if _number(tokenizer, tokens.config.token) != tokens.passes.token_id:
         raise ValueError(
@@ -207,13 +216,16 @@ def generate(
     if not rows or not all(rows):
         raise ValueError("prompts has none, or an empty one: there is nothing to go on with")
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    settings = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad, **settings}
+    settings = {"pad_token_id": pad, **settings}
+    # The model's own list of what ends a text may be longer than the tokenizer's one token.
+    if getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None) is None:
+        settings.setdefault("eos_token_id", tokenizer.eos_token_id)
     if not write_meta_tokens and settings.get("suppress_tokens") is not None:
         settings["suppress_tokens"] = sorted({*settings["suppress_tokens"], tokens.passes.token_id})
     inputs = _left_padded(rows, pad, model.device)
     with allow_meta_tokens(model) if write_meta_tokens else nullcontext():
         made = model.generate(**inputs, **settings)
-    new = made[:, inputs["input_ids"].shape[1] :]
+    new = getattr(made, "sequences", made)[:, inputs["input_ids"].shape[1] :]
     written = [str(text) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
     several = len(written) > 1 or not isinstance(prompts, str)
     return written if several else written[0]

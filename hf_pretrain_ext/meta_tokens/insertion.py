@@ -59,7 +59,7 @@ def checked_fraction(fraction: Any) -> Fraction:
             f"fraction must be meta-tokens per token of text, from 0 to {LARGEST}, got {shown(fraction)}. Pass 0.1, "
             "say, for one to ten tokens"
         )
-    return Fraction(repr(fraction))
+    return Fraction(repr(float(fraction)))  # NumPy's numbers have a repr of their own
 
 
 def meta_counts(fraction: float | Fraction, lengths: ArrayLike) -> NDArray[np.int64]:
@@ -181,7 +181,7 @@ def insert(
     Args:
         input_ids (`torch.Tensor`): text, shape `(batch, sequence)`.
         labels (`torch.Tensor`, *optional*): of the same shape, unshifted; defaults to the text, but for the first
-            token of each document.
+            token of each document, and padding.
         positions (`torch.Tensor`): int64, shape `(batch, meta)`: where they stand in the rows as they will be,
             rising, −1 behind the last, as [`draw_positions`] returns them.
         meta_id (`int`): the token.
@@ -207,6 +207,7 @@ def insert(
     _check_shapes(input_ids, positions, labels=labels, position_ids=position_ids, attention_mask=attention_mask)
     # NumPy: its calls cost half of torch's, and batches are small.
     ids, drawn = _array(input_ids), _array(positions)
+    _check_rising(drawn)
     (rows, width), most = ids.shape, drawn.shape[1]
     total, there = width + most, drawn >= 0
     counts, begins = there.sum(1), np.arange(rows) * (width + most)
@@ -236,6 +237,7 @@ def insert(
     starts = None if position_ids is None else _starts(_array(position_ids), mask)
     if labels is None:
         targets = ids if starts is None else np.where(starts, IGNORED, ids)
+        targets = targets if mask is None else np.where(mask != 0, targets, IGNORED)
     else:
         targets = _array(labels)
     made["labels"] = _placed(targets, places, rows * total, IGNORED)
@@ -310,6 +312,19 @@ def _check_shapes(input_ids: torch.Tensor, positions: torch.Tensor, **others: to
             raise ValueError(
                 f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(tensor.shape)}"
             )
+
+
+def _check_rising(drawn: NDArray[Any]) -> None:
+    # Meta-attention takes the order in which they are given for their order in the row. Unsigned, -1 is the largest;
+    # the same place twice is told later.
+    places = drawn.view(np.uint64) if drawn.dtype == np.int64 else drawn.astype(np.uint64)
+    falling = places[:, 1:] < places[:, :-1]
+    if falling.any():
+        row = int(falling.any(1).argmax())
+        raise ValueError(
+            f"positions must rise in each row, -1 behind the last, got {shown(drawn[row].tolist())}. Sort them, or "
+            "draw them with draw_positions"
+        )
 
 
 def _filled(mask: NDArray[Any], counts: NDArray[np.int64], total: int, taken: NDArray[np.bool_]) -> NDArray[np.bool_]:

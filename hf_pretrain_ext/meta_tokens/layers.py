@@ -28,7 +28,7 @@ from hf_pretrain_ext.meta_tokens.memory import MetaMemory, hang_memory, memory_o
 from hf_pretrain_ext.meta_tokens.places import MetaPlace
 from hf_pretrain_ext.values import shown
 
-__all__ = ["DOCUMENTS", "POSITIONS", "MetaSite", "Passes", "put_in", "take_out"]
+__all__ = ["DOCUMENTS", "POSITIONS", "MetaSite", "Passes", "put_in", "take_out", "unadapted"]
 
 POSITIONS, DOCUMENTS = "meta_positions", "meta_documents"
 """Names of the two tensors of a batch that say where its meta-tokens are."""
@@ -209,6 +209,22 @@ class MetaSite:
         update = self.attention(residual, context.mask, call.rotary, context.memory)
         joined = context.add(own, update if c == 1 else update / c)
         return (joined, *output[1:]) if isinstance(output, tuple) else joined
+
+
+def unadapted(module: Any) -> Any:
+    """The module inside what PEFT put around it: a layer of an adapter, or a module that is saved with one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    while True:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            saved = getattr(module, "modules_to_save", {})
+            active = [] if module.disable_adapters else [name for name in module.active_adapters if name in saved]
+            module = saved[active[0]] if active else module.original_module
+        else:
+            return module
 
 
 _CLASSES: dict[type, type] = {}

@@ -113,6 +113,14 @@ def survey(model: Any) -> Survey:
             f"{name} has no list of {getattr(text, 'num_hidden_layers', None)} layers, which meta-attention is put "
             "into. Take a decoder-only model of transformers"
         )
+    away = next(
+        (n for each in lists for n, layer in enumerate(each) if any(p.is_meta for p in layer.parameters())), None
+    )
+    if away is not None:
+        raise ValueError(
+            f"layer {away} of {name} is offloaded: its weights are on no device, and those of a sub-layer put there "
+            "would be lost. Load the model with a device_map that keeps every layer on a device"
+        )
     records: dict[nn.ModuleList, list[LayerRecord]] = {layers: [LayerRecord() for _ in layers] for layers in lists}
     outputs = probe(model, records)
     layers = next((each for each in lists if all(record.times == 1 for record in records[each])), None)

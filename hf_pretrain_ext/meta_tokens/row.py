@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NAME", "release_row", "reload_row", "row_of", "sync_row", "train_row"]
+__all__ = ["NAME", "left_out", "release_row", "reload_row", "row_of", "sync_row", "train_row"]
 
 NAME = "meta_row"
 """Of the parameter, in the embedding; no file holds it."""
@@ -72,6 +72,19 @@ def train_row(model: Any, token_id: int) -> nn.Parameter:
     ]
     setattr(table, _HANDLES, (token_id, handles))
     return row
+
+
+def left_out(model: Any, token_id: int) -> bool:
+    """Whether an adapter trains single rows of the embedding, and this is none of them.
+
+    Such an adapter does not call the table, so a row could not stand in for the table's.
+    """
+    from peft.utils import TrainableTokensWrapper
+
+    table = model.get_input_embeddings()
+    if not isinstance(table, TrainableTokensWrapper):
+        return False
+    return not any(token_id in rows for rows in table.token_adapter.token_indices.values())
 
 
 @torch.no_grad()

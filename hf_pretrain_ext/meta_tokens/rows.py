@@ -21,6 +21,11 @@ __all__ = ["with_meta_tokens"]
 REVISION = 1
 """To be raised with every change of what is written: the cache knows our functions by name and not by their code."""
 
+LOOKED_AT = 100
+"""Rows that tell what a column is."""
+
+_KNOWN = ("attention_mask", "position_ids", "seq_lengths")
+
 
 def with_meta_tokens(
     dataset: Any,
@@ -50,7 +55,8 @@ def with_meta_tokens(
 
     Raises:
         `TypeError`: `dataset` is something else.
-        `ValueError`: settings out of range, or rows that hold padding or the token already.
+        `ValueError`: settings out of range, rows that hold padding or the token already, or a column with an entry for
+            each token that is none of those.
 
     Example:
 
@@ -67,12 +73,13 @@ def with_meta_tokens(
         raise TypeError(f"dataset must be a datasets.Dataset, got {type(dataset).__name__}. Take one split, say")
     if "input_ids" not in dataset.column_names:
         raise ValueError(f"dataset has the columns {dataset.column_names}, and no input_ids. Tokenize it first")
+    _check_columns(dataset)
     check_integers(seed=(seed, 0, None, False), num_proc=(num_proc, 1, 1024, True))
     if boundaries is not None and positions != "boundaries":
         raise ValueError(f"boundaries are for positions='boundaries', got positions={shown(positions)}")
     ends = ending_tokens(tokenizer, checked_boundaries(boundaries)) if positions == "boundaries" else ()
     [number] = add_tokens(tokenizer, [token])
-    known = [name for name in ("attention_mask", "position_ids", "seq_lengths") if name in dataset.column_names]
+    known = [name for name in _KNOWN if name in dataset.column_names]
     lists = List(Value("int32"))
     return dataset.with_format(None).map(
         _insert_rows,
@@ -87,6 +94,19 @@ def with_meta_tokens(
             "revision": REVISION,
         },
     )
+
+
+def _check_columns(dataset: Any) -> None:
+    """Columns that would keep their length while the tokens become more, told by the first rows."""
+    others = [name for name in dataset.column_names if name not in ("input_ids", "labels", *_KNOWN)]
+    rows = dataset.with_format(None).select_columns(["input_ids", *others])[:LOOKED_AT]
+    sizes = [len(ids) for ids in rows["input_ids"]]
+    for name in others:
+        if any(sizes) and [len(each) if isinstance(each, list) else -1 for each in rows[name]] == sizes:
+            raise ValueError(
+                f"dataset has the column {name}, as long as input_ids in each row, and nothing says what it is at "
+                f"meta-tokens. Take it out with dataset.remove_columns({name!r}), and mask labels by it before"
+            )
 
 
 def _insert_rows(

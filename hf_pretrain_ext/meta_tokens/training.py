@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, Literal, get_args
 
 from torch import nn
 
 from hf_pretrain_ext.meta_tokens.adapter import load_meta_tokens, save_meta_tokens
 from hf_pretrain_ext.meta_tokens.attach import add_meta_tokens, attached, required, unwrapped
-from hf_pretrain_ext.meta_tokens.config import MetaAttentionConfig
-from hf_pretrain_ext.meta_tokens.row import release_row, reload_row, sync_row, train_row
+from hf_pretrain_ext.meta_tokens.config import MetaAttentionConfig, differences
+from hf_pretrain_ext.meta_tokens.row import left_out, release_row, reload_row, sync_row, train_row
 from hf_pretrain_ext.values import shown
 
 __all__ = ["MetaTraining", "Train", "is_adapted", "is_causal"]
@@ -31,9 +32,13 @@ class MetaTraining:
     Args:
         model ([`~transformers.PreTrainedModel`] or `peft.PeftModel`): changed in place; before the optimizer is made.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): gets the token, if it lacks it.
-        config ([`MetaAttentionConfig`]): the settings.
+        config ([`MetaAttentionConfig`]): the settings; a model that has its meta-tokens must have them with those that
+            are not the defaults.
         train (`str`, *optional*, defaults to `"all"`): `"all"`: what is trainable stays so. `"meta"`: the model is
             frozen but for the token's row and meta-attention, and its adapter if it has one.
+
+    Raises:
+        `ValueError`: a model that cannot take them, or that has them with other settings.
 
     Example:
 
@@ -52,10 +57,22 @@ class MetaTraining:
         if train not in get_args(Train):
             raise ValueError(f"train must be one of {get_args(Train)}, got {shown(train)}")
         self.model = model
-        inner = unwrapped(model)
-        if attached(model) is None:
+        inner, there = unwrapped(model), attached(model)
+        if there is None:
             with _rows_beside_adapter(inner):
                 add_meta_tokens(model, tokenizer, config)
+        else:
+            given = [each.name for each in fields(config) if getattr(config, each.name) != each.default]
+            if other := differences(there.config, config, given):
+                raise ValueError(
+                    f"the model has meta-tokens with {other}. Pass these settings, or take them out with "
+                    "remove_meta_tokens(model)"
+                )
+            if left_out(inner, there.passes.token_id):
+                raise ValueError(
+                    f"the adapter trains single rows of the embedding, and not that of {shown(there.config.token)}. "
+                    f"Name it among them, LoraConfig(trainable_token_indices=[..., {there.passes.token_id}])"
+                )
         tokens = required(model)
         modules = [site.attention for site in tokens.sites]
         meta = [parameter for module in modules for parameter in module.parameters()]

@@ -15,7 +15,8 @@ __all__ = ["EXTRACTORS", "clean", "domain", "hashed", "registered_domain", "url"
 MAX_CHARACTERS = 256
 """Of a value: a DNS name has at most 253."""
 
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+# Without the slashes `example.org:80/x` would have a scheme, but `https:/a.org` has no host `https`.
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*:)?//|https?:", re.IGNORECASE)
 
 
 def clean(value: Any, max_characters: int = MAX_CHARACTERS) -> str:
@@ -30,18 +31,16 @@ def clean(value: Any, max_characters: int = MAX_CHARACTERS) -> str:
     'a URL: b.org'
     """
     # Cut first: a value may be as long as a document. Marks that go leave room for what stands behind them.
-    text = " ".join(str(value)[: 16 * max_characters].split())
-    text = "".join(sign for sign in text if unicodedata.category(sign)[0] != "C")
-    return text[:max_characters].strip()
+    text = str(value)[: 16 * max_characters]
+    # Then marks, or two spaces around one would stay two. White space like a line break is a control character.
+    text = "".join(sign for sign in text if sign.isspace() or unicodedata.category(sign)[0] != "C")
+    return " ".join(text.split())[:max_characters].strip()
 
 
 def _host(address: str) -> str | None:
     """The host of an address in lower case and ASCII, without user, port and a final dot; None if there is none."""
     address = address.strip()
-    # Without a scheme `example.org:80/x` would be a scheme of its own.
-    if "//" not in address and not (_SCHEME.match(address) and address.lower().startswith(("http:", "https:"))):
-        address = "//" + address
-    elif not address.startswith("//") and "//" in address and not _SCHEME.match(address):
+    if not _SCHEME.match(address):
         address = "//" + address
     try:
         host = urlsplit(address).hostname
@@ -140,7 +139,7 @@ def url(address: Any) -> str | None:
     """
     if address is None:
         return None
-    text = re.sub(r"^[a-z][a-z0-9+.-]*://", "", str(address).strip(), flags=re.IGNORECASE)
+    text = re.sub(r"^([a-z][a-z0-9+.-]*:)?//", "", str(address).strip(), flags=re.IGNORECASE)
     return re.sub(r"^[^/?#]*@", "", text) or None
 
 

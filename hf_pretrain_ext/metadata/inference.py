@@ -5,6 +5,7 @@ An evaluation harness that takes a prefix as text takes `condition("", template,
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hf_pretrain_ext.metadata.source import checked_template
@@ -45,7 +46,23 @@ def condition(prompt: str, template: Template | str | None = None, /, *, control
         raise ValueError(f"control must be the text of a control token, such as '<|good|>', got {shown(control)}")
     if template is None and not control:
         raise ValueError("there is neither a template nor control='<|good|>', say, to condition on")
-    return _line(template, values) + control + prompt
+    _check_prompt(prompt)
+    return _line(_without_control(template), values) + control + prompt
+
+
+def _check_prompt(prompt: Any) -> None:
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt must be a string, got {shown(prompt)}. Give one at a time")
+
+
+def _without_control(template: Any) -> Template | None:
+    made = None if template is None else checked_template(template)
+    if made is not None and "control" in made.fields:
+        raise ValueError(
+            "the template has a field called control, which is the control token here. Pass "
+            "values={'control': ...} to generate, or put template.format(control=...) before the prompt"
+        )
+    return made
 
 
 def _line(template: Template | str | None, values: dict[str, Any]) -> str:
@@ -68,15 +85,16 @@ def prompt_ids(
     >>> tokenizer.decode(prompt_ids(tokenizer, "ab", "at {place}: ", place="home<|endoftext|>"))
     'at home<|endoftext|>: ab'
     """
-    return _joined(checked_tokenizer(tokenizer), _line(template, values), control, prompt)
+    head, told = _parts(checked_tokenizer(tokenizer), _line(_without_control(template), values), control, prompt)
+    return [*head, *told]
 
 
-def _joined(tokenizer: Any, line: str, control: str, prompt: str) -> list[int]:
-    if not isinstance(prompt, str):
-        raise ValueError(f"prompt must be a string, got {shown(prompt)}")
+def _parts(tokenizer: Any, line: str, control: str, prompt: str) -> tuple[list[int], list[int]]:
+    """Token ids of what stands before the prompt, and of the prompt."""
+    _check_prompt(prompt)
     encoder, special = text_encoder(tokenizer)
     head, told = (text_ids(encoder, [text], special)[0] if text else [] for text in (line, prompt))
-    return [*opening(tokenizer, encoder), *head, *_control_ids(tokenizer, control), *told]
+    return [*opening(tokenizer, encoder), *head, *_control_ids(tokenizer, control)], told
 
 
 def _control_ids(tokenizer: Any, control: Any) -> list[int]:
@@ -117,11 +135,11 @@ def generate(
         settings: passed on to `model.generate`, such as `max_new_tokens`.
 
     Returns:
-        `str`: the new text alone, without special tokens.
+        `str`: the new text alone, without special tokens; joined to the prompt it is the whole.
 
     Raises:
-        `ValueError`: a field that is left out or unknown, a control token that the tokenizer does not have, or nothing
-            to go on with.
+        `ValueError`: a field that is left out or unknown, a control token that the tokenizer does not have, nothing
+            to go on with, or settings that ask for more than one text.
 
     Example:
 
@@ -133,18 +151,46 @@ def generate(
     import torch
 
     tokenizer = checked_tokenizer(tokenizer)
-    line = _line(template, values or {})
+    if values is not None and not isinstance(values, Mapping):
+        raise ValueError(f"values must be a dict by field of the template, got {shown(values)}")
+    line = _line(template, dict(values or {}))
     # Not as keywords: a field may be called as an argument is.
-    ids = _joined(tokenizer, line, control, prompt)
+    head, told = _parts(tokenizer, line, control, prompt)
+    ids = [*head, *told]
     if not ids:
         raise ValueError("prompt is empty, and there is neither metadata nor a BOS token to begin with")
+    given = _settings(model, settings)
+    if (several := given("num_return_sequences") or 1) > 1 or given("return_dict_in_generate"):
+        what = f"num_return_sequences={several}" if several > 1 else "return_dict_in_generate=True"
+        raise ValueError(
+            f"{what} asks for more than the one text that generate returns. Call it once for each, or pass prompt_ids "
+            "of hf_pretrain_ext.metadata.inference to model.generate"
+        )
     if forbid_control_tokens:
         forbidden = set(special_tokens(tokenizer).values()) - {tokenizer.eos_token_id}
-        given = settings.pop("suppress_tokens", None) or []
-        settings["suppress_tokens"] = sorted({*given, *forbidden})
-    if tokenizer.eos_token_id is not None:
-        settings.setdefault("eos_token_id", tokenizer.eos_token_id)
-        settings.setdefault("pad_token_id", tokenizer.eos_token_id)
+        settings["suppress_tokens"] = sorted({*(given("suppress_tokens") or ()), *forbidden})
+    for name in ("eos_token_id", "pad_token_id"):
+        # The model's own configuration may say nothing, or what is not the tokenizer's.
+        if tokenizer.eos_token_id is not None and getattr(settings.get("generation_config"), name, None) is None:
+            settings.setdefault(name, tokenizer.eos_token_id)
     inputs = torch.tensor([ids], device=model.device)
     made = model.generate(inputs, attention_mask=torch.ones_like(inputs), **settings)
-    return str(tokenizer.decode(made[0][len(ids) :], skip_special_tokens=True))
+    return _continued(tokenizer, told, made[0][len(ids) :].tolist())
+
+
+def _settings(model: Any, settings: Mapping[str, Any]) -> Callable[[str], Any]:
+    """What `model.generate` takes for a setting: as given, of a `generation_config`, or of the model's."""
+    configs = [settings.get("generation_config"), getattr(model, "generation_config", None)]
+
+    def of(name: str) -> Any:
+        found = [settings.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in found if value is not None), None)
+
+    return of
+
+
+def _continued(tokenizer: Any, told: list[int], new: list[int]) -> str:
+    """The text of `new` behind `told`: alone it would lack the space that some tokenizers have in a word's token."""
+    before, whole, alone = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (told, told + new, new))
+    # A prompt may end within a character, whose rest comes now.
+    return whole[len(before) :] if whole.startswith(before) else alone

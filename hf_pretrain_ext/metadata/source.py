@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -32,7 +32,7 @@ from hf_pretrain_ext.values import is_number, shown
 
 __all__ = ["Source", "check_head", "checked_condition", "checked_drop", "checked_overflow", "checked_template"]
 
-REVISION = 2
+REVISION = 3
 """To be raised with every change of what is written: the cache knows our functions by name and not by their code."""
 
 
@@ -137,9 +137,10 @@ class Source:
     def _check_columns(self) -> None:
         names = self.dataset.column_names
         made = self.template
-        if made is not None and (absent := [name for name in made.roots if name not in names]):
+        roots = made.roots(names) if made is not None else []
+        if made is not None and (absent := [name for name in roots if name not in names]):
             raise ValueError(
-                f"the template {shown(made.text)} takes the columns {made.roots}, but the dataset has no {absent}, "
+                f"the template {shown(made.text)} takes the columns {roots}, but the dataset has no {absent}, "
                 f"only {names}. Name the right ones in columns={{field: column}}"
             )
         if self.control is not None and (absent := [name for name in self.control.roots if name not in names]):
@@ -203,30 +204,37 @@ def _metadata(dataset: Any, tokenizer: Any, template: Template, num_proc: int | 
     from datasets import Features, List, Value
 
     encoder, control = text_encoder(tokenizer)
-    source = dataset.select_columns(template.roots).with_format("arrow")
+    columns = template.roots(dataset.column_names)
+    source = dataset.select_columns(columns).with_format("arrow")
     return source.map(
         _encode_metadata,
         desc="Metadata",
         batched=True,
         batch_size=rows_within(64 * CHUNK, source.data.nbytes / source.data.num_rows, 10_000),
         num_proc=num_proc,
-        remove_columns=template.roots,
+        remove_columns=columns,
         features=Features({"input_ids": List(Value("int32")), "missing": Value("bool")}),
+        with_indices=True,
         fn_kwargs={"revision": REVISION, "template": template, "encoder": encoder, "control": control},
     )
 
 
 def _encode_metadata(
-    batch: pa.Table, revision: int, template: Template, encoder: Any, control: dict[int, str]
+    batch: pa.Table,
+    rows: Sequence[int],
+    revision: int,
+    template: Template,
+    encoder: Any,
+    control: dict[int, str],
 ) -> pa.Table:
     made: list[str | None] = []
     missing: list[bool] = []
-    for row in batch.to_pylist():
+    for number, row in zip(rows, batch.to_pylist(), strict=True):
         values = template.values(row)
         missing.append(None in values.values())
-        made.append(template.fill(values))
+        made.append(template.fill(values, f"row {number}"))
     distinct = list(dict.fromkeys(text for text in made if text))
     known = dict(zip(distinct, text_ids(encoder, distinct, control), strict=True)) if distinct else {}
     ids = [known[text] if text else [] for text in made]
-    flat = np.array([number for row in ids for number in row], dtype=np.int32)
+    flat = np.array([token for row in ids for token in row], dtype=np.int32)
     return lists(input_ids=(flat, [len(row) for row in ids])).append_column("missing", pa.array(missing, pa.bool_()))

@@ -274,14 +274,15 @@ class BlockStream:
         lines: list[str | None] = []
         facts: list[dict[str, int]] = []
         for number, row, parts in kept:
-            if absent := [name for name in self.template.roots if name not in row]:
+            roots = self.template.roots(row)
+            if absent := [name for name in roots if name not in row]:
                 raise ValueError(
-                    f"the template {shown(self.template.text)} takes the columns {self.template.roots}, but row "
+                    f"the template {shown(self.template.text)} takes the columns {roots}, but row "
                     f"{number} of the stream has no {absent}, only {list(row)}"
                 )
             dropped = bool(self.drop and self._uniform("metadata drop", "".join(parts)) < self.drop)
             values = {} if dropped else self.template.values(row)
-            lines.append(None if dropped else self.template.fill(values))
+            lines.append(None if dropped else self.template.fill(values, f"row {number}"))
             facts.append({"missing": int(None in values.values()), "without_metadata": int(dropped)})
         distinct = list(dict.fromkeys(line for line in lines if line))
         known = dict(zip(distinct, text_ids(self.encoder, distinct, self.control), strict=True)) if distinct else {}
@@ -322,6 +323,10 @@ class BlockStream:
 
 def _rows(stream: Any) -> Iterator[Mapping[str, Any]]:
     if hasattr(stream, "iter"):
+        if getattr(stream, "_formatting", None) is not None:
+            # Scores and metadata would be tensors. A stream with another format begins at epoch 0.
+            epoch, stream = stream.epoch, stream.with_format(None)
+            stream.set_epoch(epoch)
         # Unlike the plain iteration of `datasets`, this does not split the shards over the workers of a DataLoader.
         return ({key: values[0] for key, values in batch.items()} for batch in stream.iter(batch_size=1))
     return iter(stream)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -37,10 +37,11 @@ class Template:
 
     Args:
         text (`str`, *optional*, defaults to `"URL: {domain}\\n\\n"`): with fields in braces (MeCo).
-        columns (`dict`, *optional*): where a field comes from: a column (`"meta.url"` for a nested one), or a pair of
-            a column and what makes the value of it: a function, or the name of an extractor (`"domain"`,
-            `"registered_domain"`, `"url_suffix"`, `"hashed_url"`, `"url"`). By default a field that is named like an
-            extractor takes the column `url` through it, any other the column of its name.
+        columns (`dict`, *optional*): where a field comes from: a column (`"meta.url"` for a nested one, or one that
+            is called so), or a pair of a column and what makes the value of it: a function, or the name of an
+            extractor (`"domain"`, `"registered_domain"`, `"url_suffix"`, `"hashed_url"`, `"url"`). By default a field
+            that is named like an extractor takes the column `url` through it, any other the column of its name. A
+            `ClassLabel` is its number; its name is `("topic", dataset.features["topic"].int2str)`.
         missing (`str`, *optional*, defaults to `"constant"`): for a row without a value (no such key, None, empty, or
             an extractor that finds none): `"constant"` writes `constant`, `"plain"` leaves the whole metadata out,
             `"error"` raises.
@@ -124,10 +125,15 @@ class Template:
     def fields(self) -> list[str]:
         return list(self._sources)
 
-    @property
-    def roots(self) -> list[str]:
-        """The columns of the dataset that the fields come from."""
-        return list(dict.fromkeys(path[0] for path, _ in self._sources.values()))
+    def roots(self, names: Iterable[str]) -> list[str]:
+        """The columns that the fields come from, of a dataset that has `names`."""
+        known = set(names)
+        columns = {name: self._column(name) for name in self._sources}
+        return list(
+            dict.fromkeys(
+                columns[name] if columns[name] in known else path[0] for name, (path, _) in self._sources.items()
+            )
+        )
 
     def _column(self, name: str) -> str:
         return ".".join(self._sources[name][0])
@@ -137,14 +143,19 @@ class Template:
         found = {}
         for name, (path, make) in self._sources.items():
             value: Any = row
-            for key in path:
+            # A flattened dataset has columns with dots in their names.
+            for key in path if (literal := self._column(name)) not in row else (literal,):
                 value = value.get(key) if isinstance(value, Mapping) else None
-            if value is not None and make is not None:
-                value = make(value)
-            if isinstance(value, (list, tuple)):
-                value = ", ".join(str(item) for item in value if item is not None)
-            found[name] = (clean(value, self.max_characters) or None) if value is not None else None
+            found[name] = self._text(make(value) if value is not None and make is not None else value)
         return found
+
+    def _text(self, value: Any) -> str | None:
+        """A value as clean text, the items of a list joined; None for what is missing."""
+        # Of tensors and arrays.
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(value, (list, tuple)):
+            value = ", ".join(str(item) for item in value if item is not None)
+        return (clean(value, self.max_characters) or None) if value is not None else None
 
     def render(self, row: Mapping[str, Any]) -> str | None:
         """The metadata of a row; None where it goes without.
@@ -154,37 +165,42 @@ class Template:
         """
         return self.fill(self.values(row))
 
-    def fill(self, values: Mapping[str, str | None]) -> str | None:
-        """The same of the row's [`values`](Template.values)."""
+    def fill(self, values: Mapping[str, str | None], which: str = "a row") -> str | None:
+        """The same of the row's [`values`](Template.values); an error calls it `which`."""
         lacking = [name for name, value in values.items() if value is None]
         if lacking and self.missing == "plain":
             return None
         if lacking and self.missing == "error":
             raise MissingMetadata(
-                f"a row has no value for {lacking} (columns {[self._column(name) for name in lacking]}). "
+                f"{which} has no value for {lacking} (columns {[self._column(name) for name in lacking]}). "
                 "Fill them in, or pass missing='constant' or missing='plain'"
             )
-        return self.format(**{name: value or self.constant for name, value in values.items()})
+        return self._line(values)
 
-    def format(self, **values: Any) -> str:
-        """The template with given values, cleaned; for `condition` at inference.
+    def _line(self, values: Mapping[str, str | None]) -> str:
+        return "".join(
+            literal + ("" if name is None else values[name] or self.constant) for literal, name in self._parts
+        )
 
-        A field of None or "" is `constant`, as in training, where rows that lack it are given that.
+    def format(self, /, **values: Any) -> str:
+        """The template with given values, which become text as those of a row do; for `condition` at inference.
+
+        A field of None, or of which nothing is left, is `constant`, as in training, where rows that lack it are given
+        that. Extractors are not applied: pass what they make.
 
         Raises:
             `ValueError`: for a field that is left out or unknown, or without a value where training has none for that.
         """
         if set(values) != set(self._sources):
             raise ValueError(f"the fields of the template are {self.fields}, got {sorted(values)}")
-        lacking = [name for name, value in values.items() if value is None or value == ""]
+        made = {name: self._text(value) for name, value in values.items()}
+        lacking = [name for name, value in made.items() if value is None]
         if lacking and self.missing != "constant":
             raise ValueError(
                 f"{', '.join(lacking)} must have a value, got {values[lacking[0]]!r}. Pass one, or the prompt "
                 "as it is, without metadata"
             )
-        values = {name: self.constant if name in lacking else value for name, value in values.items()}
-        made = {name: clean(value, self.max_characters) for name, value in values.items()}
-        return "".join(literal + ("" if name is None else made[name]) for literal, name in self._parts)
+        return self._line(made)
 
     def to_json(self) -> dict[str, Any]:
         """The template as JSON types; a function of the user's only by name: values are given at inference."""

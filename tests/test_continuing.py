@@ -1132,7 +1132,13 @@ def test_an_adapter_resumes_on_the_weights_that_it_was_on(
         given = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "max_grad_norm": 0}
         trainer = new_stage(folder, *plugins, **given)
         if init:
-            trainer = tiny.trainer(folder, *plugins, data=tiny.rows(40, seed=8), model_init=tiny.model, **given)
+            trainer = Trainer(
+                model_init=lambda: tiny.model(),
+                args=trainer.args,
+                train_dataset=trainer.train_dataset,
+                data_collator=trainer.data_collator,
+                callbacks=[*plugins],
+            )
         return trainer
 
     whole = continue_from(made(tmp_path / "whole", 6), last(english), name="adapted")

@@ -139,7 +139,7 @@ def fit_embeddings(model: Any, tokenizer: Any, ids: Sequence[int], init: Init = 
 
     Raises:
         `ValueError`: ids that the tokenizer does not have, or a model that cannot take rows: one with an adapter, with
-            quantised, sharded or offloaded embeddings, or with none.
+            quantised, sharded, offloaded or adapted embeddings, or with none.
 
     Example:
 
@@ -230,7 +230,9 @@ def check_embeddings(model: Any) -> None:
         if weight is None:
             continue
         kind = None
-        if type(weight).__name__ == "DTensor" or hasattr(weight, "device_mesh"):
+        if type(module).__module__.partition(".")[0] == "peft":
+            kind = "wrapped by an adapter"
+        elif type(weight).__name__ == "DTensor" or hasattr(weight, "device_mesh"):
             kind = "sharded"
         elif weight.is_meta:
             kind = "offloaded"

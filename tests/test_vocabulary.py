@@ -276,6 +276,11 @@ def test_what_has_no_rows_to_give_is_refused() -> None:
     quantised.get_input_embeddings().weight = table
     with pytest.raises(ValueError, match=r"are quantised \(Embedding of torch.int8\)"):
         fit_embeddings(quantised, tokenizer, ids)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5])
+    inside = get_peft_model(llama(257), lora).get_base_model()
+    del inside.peft_config
+    with pytest.raises(ValueError, match=r"are wrapped by an adapter \(TrainableTokensWrapper"):
+        fit_embeddings(inside, tokenizer, ids)
 
 
 def test_linear_layers_in_four_bits_beside_plain_embeddings_are_fitted() -> None:

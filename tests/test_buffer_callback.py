@@ -352,6 +352,7 @@ def test_two_ranks_keep_what_one_keeps(where: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_used_ends_all_ranks(tmp_path: Path) -> None:
     from test_distributed import start
 

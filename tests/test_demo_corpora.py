@@ -303,7 +303,8 @@ def test_german_is_german(german: Corpus, english: Corpus) -> None:
     assert not set(found) & set(paragraphs(everything(english)))
     text = "\n".join(found)
     assert not re.search("[\x08\x1b\u00ad\u2010\u2500-\u257f]", text)
-    assert not re.search(r"\w-\n", text)  # no word is cut at the end of a line
+    # No word is cut at the end of a line; comments in code may break behind a hyphen of their own, before a noun.
+    assert not re.search(r"\w-\n[a-zäöüß]", text)
     assert not re.search(r"(?m)^(\S+\(\d\w*\)).*\1$", text)  # no page header
     words = text.split()
     german_share, english_share = (

@@ -195,6 +195,7 @@ def test_the_plot_shows_these_results(made: Path, tmp_path: Path) -> None:
     assert (tmp_path / "other.png").read_bytes() != drawn
 
 
+@pytest.mark.slow
 def test_a_restart_trains_what_is_missing(folder: Path, trained: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     before = results_of(folder)
     restart(folder)
@@ -215,6 +216,7 @@ def test_a_restart_trains_what_is_missing(folder: Path, trained: list[str], capf
     assert events.count("start") == 1
 
 
+@pytest.mark.slow
 def test_results_of_other_settings_are_not_used(
     finished: tuple[Path, Any],
     folder: Path,

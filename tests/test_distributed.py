@@ -236,6 +236,7 @@ def test_accelerate_that_starts_one_process_is_noticed(tmp_path: Path) -> None:
         assert ("asked for 2 processes and started one" in done.stderr) == said
 
 
+@pytest.mark.slow
 def test_projected_gradients_on_two_ranks(folder: Path) -> None:
     """GradNormLoRP: ranks alike bit for bit, a resume too; one process within what signs of small gradients do."""
     plugins = ["gradnormlorp"]
@@ -251,6 +252,7 @@ def test_projected_gradients_on_two_ranks(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["fsdp2", *(pytest.param(w, marks=needs_deepspeed) for w in ("zero2", "zero3"))])
+@pytest.mark.slow
 def test_projected_gradients_refuse_what_is_sharded(where: str, folder: Path) -> None:
     done = start(folder, f"projected-{where}", where, plugins=["gradnormlorp"])
     assert done.returncode != 0
@@ -296,6 +298,7 @@ def test_benchmarks_on_two_ranks(folder: Path) -> None:
 
 @pytest.mark.parametrize("plugin", ["meta_tokens", pytest.param("meta_tokens-lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["ddp", *WHERE[2:]])
+@pytest.mark.slow
 def test_meta_tokens_on_two_ranks(where: str, plugin: str, folder: Path) -> None:
     """Samples with the meta-tokens that one process gives them; the ranks alike; a resume that is bit-exact."""
     if where == "zero3" and plugin == "meta_tokens-lora":
@@ -319,6 +322,7 @@ def test_meta_tokens_on_two_ranks(where: str, plugin: str, folder: Path) -> None
         assert resumed[rank]["counts"] == two[rank]["counts"] and resumed[rank]["log"] == two[rank]["log"]
 
 
+@pytest.mark.slow
 def test_meta_tokens_refuse_a_model_that_is_sharded_already(folder: Path) -> None:
     done = start(folder, "meta-fsdp2", "fsdp2", plugins=["meta_tokens"])
     assert done.returncode != 0 and "what is put into a model that is sharded already would not be" in done.stderr
@@ -328,6 +332,7 @@ DOCUMENTS = ["metadata", "replay-documents"]
 
 
 @pytest.mark.parametrize("where", ["ddp", *(pytest.param(w, marks=pytest.mark.slow) for w in ("fsdp2",)), *WHERE[2:]])
+@pytest.mark.slow
 def test_metadata_on_two_ranks(where: str, folder: Path) -> None:
     """Blocks with metadata, their cooldown and replay beside them: the samples of one process, and a resume."""
     one = distributed_worker.run(folder / f"documents-one-{where}", plugins=tuple(DOCUMENTS))[1]

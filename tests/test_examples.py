@@ -461,6 +461,7 @@ def check_heldout_loss(kinds: Kinds, trainer: Any, probe: ForgettingCallback, wr
 # A life of many stages
 
 
+@pytest.mark.slow
 def test_many_stages(tmp_path: Path) -> None:
     """Three stages at one constant rate, each replaying all before it by what was seen, and a branch that anneals."""
     run_script("many_stages.py", ["--output_dir", str(tmp_path / "life"), "--steps", "16"], tmp_path / "cache")

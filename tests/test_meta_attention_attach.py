@@ -764,6 +764,7 @@ def test_offloaded_layers_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.slow
 def test_two_ranks_equal_one(kind: str, tmp_path: Path) -> None:
     """One rank has meta-tokens, the other none; the gradients are the mean of those alone. FSDP2: checkpointed too."""
     worker = Path(__file__).with_name("meta_attention_worker.py")

@@ -370,6 +370,7 @@ def test_a_stage_after_nothing_is_one_message(section: str, world: Path, tmp_pat
         assert f"{section}.checkpoint: " in str(ended.value) and "nowhere' is no folder here" in str(ended.value)
 
 
+@pytest.mark.slow
 def test_kill_test_of_a_recipe(world: Path, tmp_path: Path) -> None:
     """For users: the run of their recipe, killed once and compared; and a recipe that cannot train."""
     path = written(tmp_path / "r.yaml", recipe(world, tmp_path / "out"))

@@ -525,6 +525,7 @@ def test_what_is_said_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[st
         pytest.param("self_distillation", "zero2", marks=needs_deepspeed),
     ],
 )
+@pytest.mark.slow
 def test_two_ranks_train_as_one(plugin: str, where: str, tmp_path: Path) -> None:
     """Up to rounding; the ranks alike; where the host saves the optimizer, a resume that is bit-exact."""
     alone = distributed_worker.run(tmp_path / "one", plugins=(plugin,))[1]
@@ -548,6 +549,7 @@ def test_two_ranks_train_as_one(plugin: str, where: str, tmp_path: Path) -> None
         pytest.param("self_distillation", "zero3", "would need its weights gathered", marks=needs_deepspeed),
     ],
 )
+@pytest.mark.slow
 def test_where_it_cannot_work_it_is_refused(plugin: str, where: str, text: str, tmp_path: Path) -> None:
     done = start(tmp_path, "refused", where, plugins=[plugin])
     assert done.returncode != 0 and text in done.stderr

@@ -868,6 +868,7 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", ["stream", "tokens", "changing"])
+@pytest.mark.slow
 def test_two_ranks_see_the_samples_of_one(
     case: str, on_two_ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,7 +163,7 @@ def fit_embeddings(model: Any, tokenizer: Any, ids: Sequence[int], init: Init = 
     ids = [number for number in dict.fromkeys(map(int, ids)) if not is_fitted(model, names[number], number)]
     if not ids:
         return
-    check_embeddings(model)
+    check_embeddings(model, max(ids) + 1)
     others = sorted(set(names) - set(ids))
     before, after = _grow(model, max(ids) + 1, max(others, default=-1) + 1)
     others = [number for number in others if number < before]
@@ -214,8 +214,15 @@ def trains_rows(model: Any, ids: Sequence[int], fitted: bool = True) -> bool:
         return not bool((table.weight[ids[1:]] == table.weight[ids[0]]).all())
 
 
-def check_embeddings(model: Any) -> None:
-    """Raises `ValueError` for a model whose tables cannot be given rows."""
+def check_embeddings(model: Any, needed: int | None = None) -> None:
+    """
+    Raises `ValueError` for a model whose tables cannot be given rows.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the model.
+        needed (`int`, *optional*): rows that they are to have; without it, some are to be added. A table in an adapter
+            can be written to where it has that many.
+    """
     advice = "before that, with hf_pretrain_ext.vocabulary.fit_embeddings(model, tokenizer, ids)"
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
@@ -230,14 +237,15 @@ def check_embeddings(model: Any) -> None:
         if weight is None:
             continue
         kind = None
-        if type(module).__module__.partition(".")[0] == "peft":
+        wrapped = type(module).__module__.partition(".")[0] == "peft"
+        if wrapped and (needed is None or _rows(weight) < needed):
             kind = "wrapped by an adapter"
         elif type(weight).__name__ == "DTensor" or hasattr(weight, "device_mesh"):
             kind = "sharded"
         elif weight.is_meta:
             kind = "offloaded"
         elif not weight.is_floating_point() or type(weight) is not torch.nn.Parameter:
-            kind = "quantised"
+            kind = "wrapped by an adapter" if wrapped else "quantised"
         if kind:
             raise ValueError(
                 f"the embeddings of the model are {kind} ({type(module).__name__} of {weight.dtype}), and rows cannot "

@@ -281,6 +281,18 @@ def test_what_has_no_rows_to_give_is_refused() -> None:
     del inside.peft_config
     with pytest.raises(ValueError, match=r"are wrapped by an adapter \(TrainableTokensWrapper"):
         fit_embeddings(inside, tokenizer, ids)
+    # A wrapped table is written to where it has the row, and is not made longer.
+    lora = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
+    for rows in (max(ids), max(ids) + 1):
+        inside = get_peft_model(llama(rows), lora).get_base_model()
+        del inside.peft_config
+        if rows == max(ids):
+            with pytest.raises(ValueError, match=r"are wrapped by an adapter \(Embedding"):
+                fit_embeddings(inside, tokenizer, ids)
+        else:
+            fit_embeddings(inside, tokenizer, ids)
+            table = inside.get_input_embeddings().weight
+            assert torch.allclose(table[ids[0]], table[: min(ids)].mean(0), atol=1e-6)
 
 
 def test_linear_layers_in_four_bits_beside_plain_embeddings_are_fitted() -> None:

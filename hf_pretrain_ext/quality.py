@@ -93,7 +93,8 @@ class PerplexityScorer:
 
 class KenLMScorer:
     """
-    Perplexity under a KenLM model (`.arpa` or `.binary`), as Guo et al. choose their subset. Needs the package kenlm.
+    Perplexity under a KenLM model (`.arpa` or `.binary`), as Guo et al. choose their subset. Needs the package kenlm
+    (`pip install 'hf-pretrain-ext[kenlm]'`), which reads models of order 2 and higher.
 
     Args:
         path (`str`): the model's file.
@@ -104,7 +105,9 @@ class KenLMScorer:
 
     def __init__(self, path: str | os.PathLike[str]):
         if importlib.util.find_spec("kenlm") is None:
-            raise ImportError("KenLMScorer needs the package kenlm: install it, or use PerplexityScorer")
+            raise ImportError(
+                "KenLMScorer needs the package kenlm: pip install 'hf-pretrain-ext[kenlm]', or use PerplexityScorer"
+            )
         kenlm = importlib.import_module("kenlm")
         try:
             self.model = kenlm.Model(os.fspath(path))

@@ -16,6 +16,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,11 @@ def command() -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of the libraries that decide what a run does."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     from hf_pretrain_ext._version import __version__
 
     found = {"python": platform.python_version(), "hf_pretrain_ext": __version__}

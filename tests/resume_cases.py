@@ -8,6 +8,7 @@ finds to FOLDER/results.json.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import sys
 from dataclasses import dataclass, field
@@ -184,4 +185,5 @@ def second(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # see conftest.py
     {"first": first, "second": second}[sys.argv[1]](Path(sys.argv[2]))

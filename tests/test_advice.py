@@ -136,18 +136,25 @@ def test_a_trained_scorer_prefers_what_it_was_trained_on() -> None:
 
 def test_without_kenlm_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kenlm", None)
-    with pytest.raises(ImportError, match="needs the package kenlm: install it, or use PerplexityScorer"):
+    with pytest.raises(ImportError, match=r"needs the package kenlm: pip install .*, or use PerplexityScorer"):
         KenLMScorer("model.arpa")
 
 
 def test_kenlm(tmp_path: Path) -> None:
-    pytest.importorskip("kenlm", reason="kenlm is not installed")
+    pytest.importorskip("kenlm", reason="kenlm is not installed: pip install 'hf-pretrain-ext[kenlm]'")
     arpa = tmp_path / "model.arpa"
     arpa.write_text(
-        "\\data\\\nngram 1=5\n\n\\1-grams:\n-1\t<unk>\n0\t<s>\n-1\t</s>\n-0.5\tgood\n-2\tbad\n\n\\end\\\n", "utf-8"
+        "\\data\\\nngram 1=5\nngram 2=1\n"
+        "\n\\1-grams:\n-1\t<unk>\t0\n0\t<s>\t0\n-1\t</s>\t0\n-0.5\tgood\t-0.3\n-2\tbad\t0\n"
+        "\n\\2-grams:\n-0.2\tgood good\n\n\\end\\\n",
+        "utf-8",
     )
-    scores = KenLMScorer(arpa)(["good\ngood", "bad bad", "  "])
-    assert scores[0] < scores[1] and math.isnan(scores[2])
+    # By hand: log10 of good after the start, good after good, the end after good (by its back-off); a line's end is a
+    # space.
+    good, bad, nothing = KenLMScorer(arpa)(["good\ngood", "bad bad", "  "])
+    assert good == pytest.approx(10 ** ((0.5 + 0.2 + 1.3) / 3), rel=1e-5)
+    assert bad == pytest.approx(10 ** ((2 + 2 + 1) / 3), rel=1e-5)
+    assert math.isnan(nothing)
     (tmp_path / "odd").write_text("nothing")
     with pytest.raises(ValueError, match="is no model of KenLM"):
         KenLMScorer(tmp_path / "odd")

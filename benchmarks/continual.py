@@ -407,7 +407,20 @@ def train(task: tuple[Run, int, str, str]) -> dict[str, Any]:
         "recovery": {name: figures[name]["recovery_step"] for name in DOMAINS},
         "course": {name: probe.history.to_json()["sets"][name] for name in DOMAINS},
         "threads": 1,
+        "date": date.today().isoformat(),
+        "machine": machine(),
     }
+
+
+def machine() -> str:
+    """Processor and cores, as the page names them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        found = []
+    name = found[0] if found else platform.processor() or platform.machine()
+    return f"{name} ({platform.machine()}), {len(os.sched_getaffinity(0))} cores"
 
 
 def slug(name: str) -> str:
@@ -558,11 +571,14 @@ def write_page(results: Results, path: Path) -> None:
     tokens = STEPS[results.scale] * BATCH * BLOCK
     command = f"python benchmarks/continual.py run --scale {results.scale}"
     spent = sum(run["seconds"] for run in results.done.values()) / 3600
+    days = sorted({run["date"] for run in results.done.values() if "date" in run})
+    machines = sorted({run["machine"] for run in results.done.values() if "machine" in run})
+    where = f"{'; '.join(machines)}; {' to '.join(sorted({*days[:1], *days[-1:]}))}"
     lines = [
         "# Evidence",
         "",
-        f"Made by `make evidence` ({command}); {len(results.done)} runs, {spent:.1f} hours of one core in all, on "
-        f"{platform.machine()} with {os.cpu_count()} cores, {date.today().isoformat()}.",
+        f"Made by `make evidence` (`{command}`, then `report`): {len(results.done)} runs, {spent:.1f} hours of "
+        f"one core in all, {where}.",
         "",
         "A Llama of 1.1M parameters is pre-trained on English prose about computers and goes on with German manual "
         f"pages, then Python sources: {tokens / 1e6:.2f}M tokens an arm, twice as many for the pre-training, blocks "

@@ -1,10 +1,12 @@
 """What the methods do to what a model knows: English prose, then German manual pages, then Python sources.
 
 `python benchmarks/continual.py run|report [--scale small|full] [--output FOLDER] [--seeds N] [--only SECTION ...]`
+`python benchmarks/continual.py report --runs benchmarks/results/continual.jsonl`
 
     run      what FOLDER lacks of all arms and seeds, on as many processes as there are cores; a kill loses the runs
              that were under way
-    report   what FOLDER holds, as docs/evidence.md with its plots (small: into FOLDER)
+    report   what FOLDER holds, as docs/evidence.md with its plots (small: into FOLDER); the runs of the committed page
+             are benchmarks/results/continual.jsonl
 
 Sections: replay, rewarm, lives, reptile, gap, lowrank, datafree. Arms are shared between them. German manual pages
 need the Debian packages groff and manpages-de.
@@ -248,6 +250,14 @@ def corpora(folder: Path) -> dict[str, Any]:
     return dict(np.load(path))
 
 
+def digest(data: dict[str, Any]) -> str:
+    """Of all tokens: packages of other versions bring other text."""
+    found = hashlib.blake2b(digest_size=8)
+    for name in sorted(data):
+        found.update(data[name].tobytes())
+    return found.hexdigest()
+
+
 def dataset(ids: Any) -> Any:
     import numpy as np
     from datasets import Dataset
@@ -409,6 +419,7 @@ def train(task: tuple[Run, int, str, str]) -> dict[str, Any]:
         "threads": 1,
         "date": date.today().isoformat(),
         "machine": machine(),
+        "corpus": digest(data),
     }
 
 
@@ -441,9 +452,8 @@ def weights_path(folder: Path, scale: str, run: str, seed: int) -> Path:
 class Results:
     """Finished runs, one JSON line each."""
 
-    def __init__(self, folder: Path, scale: str):
-        self.folder, self.scale, self.path = folder, scale, folder / "runs.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, scale: str, path: Path | None = None):
+        self.folder, self.scale, self.path = folder, scale, path or folder / "runs.jsonl"
         text = self.path.read_text() if self.path.exists() else ""
         if text and not text.endswith("\n"):
             # A kill tore the last line: that run is made again.
@@ -451,6 +461,17 @@ class Results:
             self.path.write_text(text)
         runs = [run for run in map(json.loads, text.splitlines()) if run["scale"] == scale]
         self.done: dict[tuple[str, int], dict[str, Any]] = {(run["run"], run["seed"]): run for run in runs}
+
+    def leave_out(self, wanted: list[tuple[Run, int]], text: str) -> None:
+        """Runs of other text than this, of a seed of which some are still to come: they could not be compared."""
+        keys = [(run.name, seed) for run, seed in wanted]
+        if all(key in self.done for key in keys):
+            return
+        others = [key for key in keys if key in self.done and self.done[key]["corpus"] != text]
+        for key in others:
+            del self.done[key]
+        if others:
+            print(f"{len(others)} finished runs of seed {keys[0][1]} read other text, and are made again", flush=True)
 
     def make(self, wanted: list[tuple[Run, int]]) -> None:
         """Those that are missing, each as soon as its parent is there."""
@@ -493,15 +514,16 @@ def best_rate(results: Results, kind: str) -> float | None:
 
 
 def run_all(results: Results, sections: list[str], seeds: int) -> None:
-    corpora(results.folder)
+    results.folder.mkdir(parents=True, exist_ok=True)
+    text = digest(corpora(results.folder))
     runs = all_runs(sections)
     rates = {lowrank_arm(kind, rate): (kind, rate) for kind in LOWRANK for rate in SWEEP}
     for seed in range(seeds):
-        wanted = [(run, seed) for run in runs.values() if seed == 0 or run.name not in rates]
-        results.make(wanted)
         # The sweep is of the first seed; the others have its best rate alone.
         chosen = {lowrank_arm(kind, rate) for kind in LOWRANK if (rate := best_rate(results, kind)) is not None}
-        results.make([(run, seed) for run in runs.values() if run.name in chosen])
+        wanted = [(run, seed) for run in runs.values() if seed == 0 or run.name not in rates or run.name in chosen]
+        results.leave_out(wanted, text)
+        results.make(wanted)
 
 
 # The page
@@ -571,8 +593,9 @@ def write_page(results: Results, path: Path) -> None:
     tokens = STEPS[results.scale] * BATCH * BLOCK
     command = f"python benchmarks/continual.py run --scale {results.scale}"
     spent = sum(run["seconds"] for run in results.done.values()) / 3600
-    days = sorted({run["date"] for run in results.done.values() if "date" in run})
-    machines = sorted({run["machine"] for run in results.done.values() if "machine" in run})
+    days = sorted({run["date"] for run in results.done.values()})
+    machines = sorted({run["machine"] for run in results.done.values()})
+    texts = {run["corpus"] for run in results.done.values()}
     where = f"{'; '.join(machines)}; {' to '.join(sorted({*days[:1], *days[-1:]}))}"
     lines = [
         "# Evidence",
@@ -590,6 +613,8 @@ def write_page(results: Results, path: Path) -> None:
         "![losses of the arms](evidence.png)",
         "",
     ]
+    if len(texts) > 1:
+        lines += ["Not all seeds read the same text: packages were of other versions. Within a seed all arms did.", ""]
     if page.runs("base"):
         before = ", ".join(f"{name} {_cell(page.values('base', 'losses', name))}" for name in DOMAINS)
         lines += [f"The base, after its pre-training: {before}.", ""]
@@ -795,6 +820,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "report"])
     parser.add_argument("--scale", choices=list(STEPS), default="full")
     parser.add_argument("--output", default="evidence", help="folder of what is finished")
+    parser.add_argument("--runs", help="with report: another file of finished runs than FOLDER/runs.jsonl")
     parser.add_argument("--seeds", type=int, help="how many; of the scale by default")
     parser.add_argument("--only", nargs="*", choices=list(SECTIONS), help="some sections")
     given = parser.parse_args()
@@ -803,7 +829,11 @@ def main() -> None:
     # Before workers import torch: each has a core.
     os.environ["OMP_NUM_THREADS"] = "1"
     folder = Path(given.output)
-    results = Results(folder, given.scale)
+    if given.runs and given.what == "run":
+        parser.error("--runs is for report; a run appends to FOLDER/runs.jsonl")
+    results = Results(folder, given.scale, Path(given.runs) if given.runs else None)
+    if given.what == "report" and not results.done:
+        parser.error(f"{results.path} holds no finished run of --scale {given.scale}: run first")
     if given.what == "run":
         run_all(results, given.only or list(SECTIONS), given.seeds or SEEDS[given.scale])
     docs = Path(__file__).parents[1] / "docs" / "evidence.md"

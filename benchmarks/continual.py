@@ -540,6 +540,7 @@ class Page:
     def __init__(self, results: Results):
         self.results = results
         self.seeds = sorted({seed for _, seed in results.done})
+        self.claims: list[tuple[str, str, str]] = []
 
     def runs(self, name: str) -> list[dict[str, Any]]:
         return [self.results.done[name, seed] for seed in self.seeds if (name, seed) in self.results.done]
@@ -563,6 +564,11 @@ class Page:
         ]
         return f"| {label or name} | {' | '.join(cells)} | {len(old)} |"
 
+    def claim(self, label: str, paper: str, seen: str, verdict: str) -> list[str]:
+        """What a paper says against what was seen; `label` and verdict are for the README too."""
+        self.claims.append((label, seen, verdict))
+        return [f"- **Claim**: {paper}", f"- **Seen**: {seen}", f"- **{verdict}**", ""]
+
     def table(self, names: Iterable[str], labels: dict[str, str] | None = None) -> list[str]:
         labels = labels or {}
         return [
@@ -571,10 +577,6 @@ class Page:
             *(self.row(name, labels.get(name)) for name in names if self.runs(name)),
             "",
         ]
-
-
-def _claim(paper: str, seen: str, verdict: str) -> list[str]:
-    return [f"- **Claim**: {paper}", f"- **Seen**: {seen}", f"- **{verdict}**", ""]
 
 
 def _verdict(values: list[float], expected: float) -> str:
@@ -587,7 +589,7 @@ def _verdict(values: list[float], expected: float) -> str:
     return "Agrees" if found["mean"] * expected > 0 else "Does not agree"
 
 
-def write_page(results: Results, path: Path) -> None:
+def write_page(results: Results, path: Path) -> Page:
     page = Page(results)
     d = page.difference
     tokens = STEPS[results.scale] * BATCH * BLOCK
@@ -623,7 +625,8 @@ def write_page(results: Results, path: Path) -> None:
     lines += page.table([*map(replay_arm, RATIOS), "union"])
     little, much = d(replay_arm(0.05), FULL, "english"), d(replay_arm(0.5), FULL, "german")
     if little and much:
-        lines += _claim(
+        lines += page.claim(
+            "A few per cent of replay undo most of the forgetting (Ibrahim et al.)",
             "a few per cent of replay undo most of the forgetting (Pile to German: 3.56 to 2.57 at 5 %, union 2.26), "
             "at little cost on the new data (1.11 to 1.12).",
             f"5 % moves the old loss by {_cell(little, signed=True)} and the new by "
@@ -640,7 +643,8 @@ def write_page(results: Results, path: Path) -> None:
     )
     high, low = rewarm_arm(6e-3, "cosine"), rewarm_arm(3e-4, "constant")
     if page.runs(high) and page.runs(low):
-        lines += _claim(
+        lines += page.claim(
+            "A higher peak learns more and forgets more (Gupta et al.; Ibrahim et al.)",
             "the higher the peak, the better the new data is learned and the more of the old is lost; a constant low "
             "rate keeps the old and never learns the new as well.",
             f"peak 6e-3 against a constant 3e-4: new {_cell(d(high, low, 'german'), signed=True)}, old "
@@ -648,7 +652,8 @@ def write_page(results: Results, path: Path) -> None:
             f"New: {_verdict(d(high, low, 'german'), -1)}. Old: {_verdict(d(high, low, 'english'), 1)}",
         )
         warm = {w: d(rewarm_arm(PEAK, "cosine", w), FULL, "german") for w in WARMUPS if w != 0.01}
-        lines += _claim(
+        lines += page.claim(
+            "0 to 2 % of warm-up make no difference (Gupta et al.)",
             "warm-up of 0 to 2 % makes no significant difference to the final loss.",
             "; ".join(f"{100 * w:g} %: new {_cell(v, signed=True)}" for w, v in warm.items()) + ", minus 1 %.",
             "Agrees: no interval is clear of 0"
@@ -679,7 +684,8 @@ def write_page(results: Results, path: Path) -> None:
     lines.append("")
     if page.runs("infinite, annealed"):
         pairs = {domain: d("infinite, annealed", "cosine, third stage", domain) for domain in DOMAINS}
-        lines += _claim(
+        lines += page.claim(
+            "Infinite schedules end as well as repeated cosines (Ibrahim et al.)",
             "without re-warming less is forgotten; infinite schedules end as well as or better than repeated cosines.",
             "; ".join(f"{domain} {_cell(v, signed=True)}" for domain, v in pairs.items())
             + " (annealed branch minus cosine).",
@@ -694,7 +700,8 @@ def write_page(results: Results, path: Path) -> None:
     if page.runs("replay 25 %, Reptile 0.1"):
         seen = {e: d(f"replay 25 %, Reptile {e:g}", replay_arm(0.25), "english") for e in EPSILONS}
         learned = {e: d(f"replay 25 %, Reptile {e:g}", replay_arm(0.25), "german") for e in EPSILONS}
-        lines += _claim(
+        lines += page.claim(
+            "Reptile besides 25 % replay forgets less (Abbes et al.)",
             "Reptile besides 25 % replay forgets less, at no cost in new learning worth naming.",
             "minus 25 % replay alone: "
             + "; ".join(
@@ -719,7 +726,8 @@ def write_page(results: Results, path: Path) -> None:
     subset = "a quarter, 4 epochs, 18 % old"
     if page.runs(subset):
         depth = d(subset, FULL, "english", "gap")
-        lines += _claim(
+        lines += page.claim(
+            "Epochs on a subset with old data close the stability gap (Guo et al.)",
             "several epochs on a subset with the old mixture rate make the gap smaller, and learn more.",
             f"depth {_cell(depth, signed=True)}, new loss {_cell(d(subset, FULL, 'german'), signed=True)}, minus one "
             "pass without replay. Their subset is chosen for quality; ours is not.",
@@ -734,7 +742,8 @@ def write_page(results: Results, path: Path) -> None:
     if edges:
         lines += [f"Best rate at the edge of the sweep {SWEEP}: {', '.join(edges)}.", ""]
     if page.runs(name := lowrank_arm("LoRA", rates["LoRA"] or 0)):
-        lines += _claim(
+        lines += page.claim(
+            "LoRA learns less and forgets less (Biderman et al.)",
             "LoRA learns less and forgets less than full training (Biderman et al., 2024).",
             f"new {_cell(d(name, FULL, 'german'), signed=True)}, old {_cell(d(name, FULL, 'english'), signed=True)}.",
             f"Learns less: {_verdict(d(name, FULL, 'german'), 1)}. Forgets less: "
@@ -742,7 +751,8 @@ def write_page(results: Results, path: Path) -> None:
         )
     ours = lowrank_arm("GradNormLoRP", rates["GradNormLoRP"] or 0)
     if page.runs(name) and page.runs(ours):
-        lines += _claim(
+        lines += page.claim(
+            "GradNormLoRP does better than LoRA at the same rank (Huang et al.)",
             "GradNormLoRP does better than LoRA at the same rank (Huang et al., 2024: 80.65 against 79.23 on GLUE; "
             "nothing is said of what is forgotten).",
             f"minus LoRA: new {_cell(d(ours, name, 'german'), signed=True)}, old "
@@ -754,7 +764,8 @@ def write_page(results: Results, path: Path) -> None:
         lines += ["## 7. Without any old data", ""]
         lines += page.table([FULL, *(run.name for run in SECTIONS["datafree"]), replay_arm(0.01)])
         found = {run.name: (d(run.name, FULL, "english"), d(run.name, FULL, "german")) for run in SECTIONS["datafree"]}
-        lines += _claim(
+        lines += page.claim(
+            "Without old data: is the old loss kept? (a question of ours)",
             "a pull towards the start beats weight decay when a model is fine-tuned (Li et al., 2018), a student of "
             "the further pre-trained model does better downstream (Lee et al., 2023). Neither speaks of the old loss: "
             "that either keeps it is the question here, not their claim.",
@@ -772,6 +783,21 @@ def write_page(results: Results, path: Path) -> None:
     path.write_text("\n".join(lines).rstrip() + "\n")
     plot(page, path.with_name("evidence.png"))
     print(f"written: {path}")
+    return page
+
+
+MARKS = "<!-- evidence: made by `make evidence` -->\n", "<!-- evidence: end -->\n"
+
+
+def into_readme(page: Page, text: str) -> str:
+    """The README with its table of claims made anew; the rest of it stays as it is."""
+    before, begin, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not begin or not end:
+        raise ValueError(f"the README has no place between {MARKS[0].strip()!r} and {MARKS[1].strip()!r}")
+    rows = [f"| {label} | {seen} | {verdict} |" for label, seen, verdict in page.claims]
+    table = ["| claim | seen here, nats a token | verdict |", "|---|---|---|", *rows, ""]
+    return before + begin + "\n".join(table) + end + after
 
 
 def plot(page: Page, path: Path) -> None:
@@ -836,8 +862,13 @@ def main() -> None:
         parser.error(f"{results.path} holds no finished run of --scale {given.scale}: run first")
     if given.what == "run":
         run_all(results, given.only or list(SECTIONS), given.seeds or SEEDS[given.scale])
-    docs = Path(__file__).parents[1] / "docs" / "evidence.md"
-    write_page(results, docs if given.what == "report" and given.scale == "full" else folder / "evidence.md")
+    root = Path(__file__).parents[1]
+    if given.what == "report" and given.scale == "full":
+        page = write_page(results, root / "docs" / "evidence.md")
+        readme = root / "README.md"
+        readme.write_text(into_readme(page, readme.read_text("utf-8")), "utf-8")
+    else:
+        write_page(results, folder / "evidence.md")
 
 
 if __name__ == "__main__":

@@ -43,9 +43,13 @@ def results(continual: Any, folder: Path, *lines: dict[str, Any], torn: str = ""
 
 def test_the_committed_page_is_that_of_the_committed_runs(continual: Any, tmp_path: Path) -> None:
     committed = ROOT / "benchmarks" / "results" / "continual.jsonl"
-    continual.write_page(continual.Results(tmp_path, "full", committed), tmp_path / "evidence.md")
+    page = continual.write_page(continual.Results(tmp_path, "full", committed), tmp_path / "evidence.md")
     assert (tmp_path / "evidence.md").read_text() == (ROOT / "docs" / "evidence.md").read_text()
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
+    readme = (ROOT / "README.md").read_text()
+    assert continual.into_readme(page, readme) == readme
+    with pytest.raises(ValueError, match="the README has no place between"):
+        continual.into_readme(page, readme.replace(continual.MARKS[1], ""))
 
 
 @pytest.mark.parametrize(

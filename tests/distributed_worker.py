@@ -81,6 +81,15 @@ def sharded(folder: Path) -> Any:
     return LlamaForCausalLM.from_pretrained(source, distributed_config=DistributedConfig(fsdp_size=2))
 
 
+def sft_trainer(args: Any, **given: Any) -> Any:
+    """TRL's, with the settings of a Trainer, on rows without labels."""
+    from trl import SFTConfig, SFTTrainer
+
+    args = SFTConfig(**{**args.to_dict(), "activation_checkpointing": False})
+    given["train_dataset"] = given["train_dataset"].select_columns(["input_ids"])
+    return SFTTrainer(args=args, **given)
+
+
 def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The weights, whatever rank holds which part of them."""
     if not trainer.is_deepspeed_enabled:
@@ -99,9 +108,10 @@ def run(
     resume_from: str | None = None,
     save_inside: int | None = None,
     streamed: bool = False,
+    sft: bool = False,
     **changed: Any,
 ) -> tuple[Trainer, dict[str, Any]]:
-    """Trains; `changed` are TrainingArguments, `streamed` makes the training data a stream."""
+    """Trains; `changed` are TrainingArguments, `streamed` makes the training data a stream, `sft` has TRL prepare it."""
     watch = Watch()
     inside = [SavesInsideAStep(save_inside)] if save_inside is not None else []
     given = settings.trainer_for(tuple(plugins))
@@ -117,6 +127,7 @@ def run(
             **{"data": tiny.rows(40).to_iterable_dataset(num_shards=4)} if streamed else {},
             **{
                 **given,
+                **({"cls": sft_trainer, "data_collator": None} if sft else {}),
                 "per_device_train_batch_size": 4 if "WORLD_SIZE" in os.environ else 8,
                 "max_steps": 6,
                 "save_strategy": "steps",

@@ -323,6 +323,26 @@ def test_meta_tokens_on_two_ranks(where: str, plugin: str, folder: Path) -> None
 
 
 @pytest.mark.slow
+def test_meta_tokens_of_an_sft_trainer_on_two_ranks(folder: Path) -> None:
+    """Rows and batches are TRL's: samples and counts of one process, weights up to rounding, an exact resume."""
+    given: dict[str, Any] = {"plugins": ["meta_tokens", "rewarm"], "sft": True}
+    alone = distributed_worker.run(folder / "sft-one", "ddp", **{**given, "plugins": ("meta_tokens", "rewarm")})[1]
+    two = launch(folder, "sft-two", "ddp", **given)
+    assert all(torch.equal(joined(two, step), alone["rows"][step]) for step in range(6))
+    assert two[0]["counts"] == two[1]["counts"] == alone["counts"]
+    assert [line["loss"] for line in two[0]["log"]] == pytest.approx([line["loss"] for line in alone["log"]], abs=1e-4)
+    for name, weight in two[0]["weights"].items():
+        assert torch.equal(weight, two[1]["weights"][name])
+        torch.testing.assert_close(weight, alone["weights"][name], rtol=0, atol=2e-5)
+    resumed = launch(folder, "sft-again", "ddp", **given, resume_from=str(folder / "sft-two" / "checkpoint-3"))
+    for rank in (0, 1):
+        assert all(torch.equal(resumed[rank]["weights"][k], v) for k, v in two[rank]["weights"].items())
+        # TRL counts from 0 again.
+        logs = [[{**line, "num_tokens": None} for line in run[rank]["log"]] for run in (resumed, two)]
+        assert logs[0] == logs[1]
+
+
+@pytest.mark.slow
 def test_meta_tokens_refuse_a_model_that_is_sharded_already(folder: Path) -> None:
     done = start(folder, "meta-fsdp2", "fsdp2", plugins=["meta_tokens"])
     assert done.returncode != 0 and "what is put into a model that is sharded already would not be" in done.stderr

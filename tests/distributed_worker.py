@@ -111,7 +111,7 @@ def run(
     sft: bool = False,
     **changed: Any,
 ) -> tuple[Trainer, dict[str, Any]]:
-    """Trains; `changed` are TrainingArguments, `streamed` makes the training data a stream, `sft` has TRL prepare it."""
+    """Trains; `changed` are TrainingArguments, `streamed` makes the training data a stream, `sft` is for TRL."""
     watch = Watch()
     inside = [SavesInsideAStep(save_inside)] if save_inside is not None else []
     given = settings.trainer_for(tuple(plugins))

@@ -220,9 +220,11 @@ def _gptj(base: Any, tokens: Tensor, seen: Tensor, order: Tensor, add: Callable[
     x = base.wte(tokens)
     dims = base.config.rotary_dim
     angles = order[..., None].double() / 10000 ** (torch.arange(0, dims, 2).double() / dims)
+    # Newer releases turn queries and keys by angles made once, older ones in each layer.
+    turned = {"position_embeddings": base.rotary_emb(x, order.expand(1, -1))} if hasattr(base, "rotary_emb") else {}
     for number, block in enumerate(base.h):
         normed = block.ln_1(x)
-        made = block.attn(normed, attention_mask=seen, position_ids=order.expand(len(x), -1))[0]
+        made = block.attn(normed, attention_mask=seen, position_ids=order.expand(len(x), -1), **turned)[0]
         x = x + made + block.mlp(normed) + add(number, x + made, angles, interleaved=True)
     return base.ln_f(x)
 

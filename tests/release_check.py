@@ -29,6 +29,11 @@ TESTS = [
     "tests/test_matrices.py",
     "tests/test_reload.py",
     "tests/test_loads_elsewhere.py",
+    "tests/test_meta_attention_attach.py",
+    "tests/test_meta_attention_inference.py",
+    "tests/test_meta_tokens_callback.py",
+    "tests/test_metadata_inference.py",
+    "tests/test_gradnormlorp_callback.py",
 ]
 TOOLS = ["hypothesis", "psutil", "pytest", "pytest-xdist"]
 

@@ -27,8 +27,10 @@ from hf_pretrain_ext.meta_tokens import (
     attach_meta_attention,
     attached,
     detach_meta_attention,
+    places,
 )
 from hf_pretrain_ext.meta_tokens.places import drops_after, survey
+from hf_pretrain_ext.meta_tokens.probe import LayerRecord
 
 QUICK = ("Llama", "Gemma 2", "GPT-2", "GPT-NeoX", "Mixtral", "BLOOM")
 
@@ -140,6 +142,22 @@ def test_equals_the_layers_written_out(name: str) -> None:
         detach_meta_attention(model)
         without = model.base_model(tokens).last_hidden_state
     assert float((ours - expected).abs().max()) < 2e-6 < 0.1 < float((ours - without).abs().max())
+
+
+def test_how_a_pair_of_angles_is_laid_out() -> None:
+    """Cosines first or, as GPT-J's since transformers 5.24, sines first, each of them then for two neighbours."""
+    angles = torch.arange(5.0)[:, None] / 10 ** torch.arange(0, 1, 0.25)
+    cos, sin = angles.cos()[None], angles.sin()[None]
+
+    def found(*pair: Tensor) -> Any:
+        return places._rotary(torch.nn.Identity(), LayerRecord(kwargs={"odd": (sin[0, 0], cos[0, 0]), "turns": pair}))
+
+    twice, neighbours = [torch.cat([t, t], -1) for t in (cos, sin)], [t.repeat_interleave(2, -1) for t in (cos, sin)]
+    assert found(*twice) == places.Rotary("half", 8, argument="turns")
+    assert found(*neighbours) == places.Rotary("interleaved", 8, argument="turns")
+    assert found(cos, sin) == places.Rotary("pairs", 8, argument="turns")
+    assert found(sin, cos) == places.Rotary("interleaved", 8, argument="turns", sines_first=True)
+    assert found(sin, sin) is None
 
 
 OTHERS: dict[str, tuple[str, dict[str, Any], str, str, float]] = {
@@ -429,7 +447,7 @@ def test_training_through_a_cache_is_refused() -> None:
     model, tokens = build("Llama").train(), ids(1, 8, at=(2, 5))
     with torch.no_grad():
         cache = model.eval()(tokens, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="past_key_values holds 8 tokens in training"):
+    with pytest.raises(ValueError, match="the cache holds 8 tokens in training"):
         model.train()(tokens[:, :1], past_key_values=cache)
 
 

@@ -24,7 +24,7 @@ from hf_pretrain_ext.meta_tokens.attention import (
     meta_context,
     positions_of,
 )
-from hf_pretrain_ext.meta_tokens.memory import MetaMemory, hang_memory, memory_of
+from hf_pretrain_ext.meta_tokens.memory import MetaMemory, cache_given, cache_made, hang_memory, memory_of
 from hf_pretrain_ext.meta_tokens.places import MetaPlace
 from hf_pretrain_ext.values import shown
 
@@ -87,8 +87,7 @@ class Passes:
         memory, self.memory, self.context = self.memory, None, None
         if memory is None:
             return
-        made = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
-        cache = next((each for each in made if hasattr(each, "get_seq_length")), None)
+        cache = cache_made(output)
         if cache is not None:
             hang_memory(cache, memory)
 
@@ -118,12 +117,12 @@ class Passes:
 
     def _memory(self, module: nn.Module, call: dict[str, Any]) -> tuple[MetaMemory | None, int]:
         """The memory of this pass, if it can have a cache, and the tokens before it."""
-        cache, wanted = call.get("past_key_values"), call.get("use_cache")
+        cache, wanted = cache_given(call), call.get("use_cache")
         past = 0 if cache is None else int(cache.get_seq_length())
         if module.training and torch.is_grad_enabled():
             if past:
                 raise ValueError(
-                    f"past_key_values holds {past} tokens in training, where meta-attention keeps nothing from one "
+                    f"the cache holds {past} tokens in training, where meta-attention keeps nothing from one "
                     "pass to the next. Train on whole rows, or call model.eval()"
                 )
             return None, 0
@@ -193,6 +192,9 @@ class MetaSite:
             return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
         given: Any = args if isinstance(rotary.argument, int) else kwargs
         turns = given[rotary.argument]
+        if rotary.sines_first:
+            sin, cos = gather_rotary(turns[0], turns[1], context)
+            return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
         cos, sin = (turns.real, turns.imag) if isinstance(turns, Tensor) else turns
         return gather_rotary(cos, sin, context)
 

@@ -45,7 +45,7 @@ class MetaMemory:
         """Raises `ValueError` if the memory is not of so many rows."""
         if self.places is not None and len(self.places) != batch:
             raise ValueError(
-                f"past_key_values holds meta-tokens of {len(self.places)} rows, and input_ids has {batch}. Change the "
+                f"the cache holds meta-tokens of {len(self.places)} rows, and input_ids has {batch}. Change the "
                 "rows of a cache with its own methods: reorder_cache, batch_repeat_interleave, batch_select_indices"
             )
 
@@ -127,6 +127,19 @@ def hang_memory(cache: Any, memory: MetaMemory) -> None:
     setattr(cache, _ATTRIBUTE, memory)
 
 
+def cache_given(call: dict[str, Any]) -> Any:
+    """The cache among arguments or outputs of a forward: `cache` since transformers 5.24, `past_key_values` before."""
+    cache = call.get("cache")
+    return call.get("past_key_values") if cache is None else cache
+
+
+def cache_made(outputs: Any) -> Any:
+    """The cache among a model's outputs, a tuple's too; None if there is none, or if the pass failed."""
+    # By what it can do: reading it by its older name warns in newer releases, the newer is missing in older ones.
+    made = outputs.values() if isinstance(outputs, dict) else outputs or ()
+    return next((each for each in made if hasattr(each, "get_seq_length")), None)
+
+
 def memory_of(cache: Any, length: int) -> MetaMemory:
     """
     The memory that hangs on a cache of `length` tokens, without what was cropped; a new one on an empty cache.
@@ -138,7 +151,7 @@ def memory_of(cache: Any, length: int) -> MetaMemory:
     if memory is None:
         if length:
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__} of {length} tokens that this model did not see with its "
+                f"the cache is a {type(cache).__name__} of {length} tokens that this model did not see with its "
                 "meta-attention, whose keys are missing for them. Pass an empty cache, or one that this model returned"
             )
         memory = MetaMemory()

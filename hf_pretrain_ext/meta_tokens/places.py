@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_pretrain_ext.meta_tokens.attention import Layout
+from hf_pretrain_ext.meta_tokens.memory import cache_given
 from hf_pretrain_ext.meta_tokens.probe import Call, LayerRecord, probe
 from hf_pretrain_ext.values import shown
 
@@ -43,12 +44,14 @@ class Rotary:
 
     `argument` is the name or number of the argument that is the pair, or one complex tensor; `table` the attribute of
     the child that holds `(positions, sines and cosines)`, to be read at the `position_ids` that the layer is given.
+    `sines_first` says that the pair is one of sines and cosines, each for two neighbours, as such a table has them.
     """
 
     layout: Layout
     dims: int
     argument: str | int | None = None
     table: str | None = None
+    sines_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,9 +174,12 @@ def _numbers(config: Any) -> list[float]:
 def _check_kind(name: str, outputs: Any) -> None:
     """Raises `ValueError` for a model that is recurrent, in part or whole, or that looks ahead."""
     from transformers import Cache
+    from transformers.utils import ModelOutput
 
-    cache = getattr(outputs, "past_key_values", None)
-    recurrent = getattr(outputs, "state", None) is not None or getattr(outputs, "cache_params", None) is not None
+    # What is None is not among the items. Both older names are properties of all outputs in newer releases, and warn.
+    held = dict(outputs.items()) if isinstance(outputs, ModelOutput) else {}
+    cache = cache_given(held)
+    recurrent = "state" in held or "cache_params" in held
     linear = [n for n, each in enumerate(cache.is_linear) if each] if isinstance(cache, Cache) else []
     if recurrent or linear:
         which = "" if recurrent else f" in layers {linear}"
@@ -360,8 +366,12 @@ def _rotary(child: nn.Module, record: LayerRecord) -> Rotary | None:
         if (
             not isinstance(value, tuple | list)
             or len(value) != 2
-            or not all(isinstance(each, Tensor) for each in value)
+            or not all(isinstance(each, Tensor) and each.dim() > 1 for each in value)
         ):
+            continue
+        if bool((value[0][..., 0, :] == 0).all()):  # Nothing is turned at position 0, where cosines are not 0.
+            if _is_turn(value[1], value[0]):
+                return Rotary("interleaved", value[0].shape[-1] * 2, argument=argument, sines_first=True)
             continue
         layout = _layout(*value)
         if layout is not None:

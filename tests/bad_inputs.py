@@ -786,6 +786,10 @@ def merges(levels: int = 40) -> str:
     return f"plan: {text}"
 
 
+MERGES_GROW = tuple(map(int, yaml.__version__.split(".")[:3])) < (6, 0, 4)
+SECTION = "more than 10,000 settings in one section"
+
+
 def training(**given: Any) -> Prepare:
     return recipe(training={"output_dir": "runs/first", **given})
 
@@ -912,7 +916,8 @@ add(
     ("a name too long", call(load_recipe, "x" * 5000), "cannot be read as a recipe (OSError: "),
     ("what never ends", call(load_recipe, "/dev/zero"), "/dev/zero has more than 1,048,576 bytes: it is not a recipe"),
     ("an alias bomb", recipe(bomb("[x, x]", "[*a{}, *a{}]")), "model must hold settings by name, got [['x', 'x'], [["),
-    ("merges of merges", recipe(merges()), "more than 10,000 settings in one section"),
+    # PyYAML itself brings in each setting once, as of 6.0.4.
+    ("merges of merges", recipe(merges()), SECTION if MERGES_GROW else "model is missing"),
     ("a key that is a list", recipe("? [a]\n: b\n"), "line 1: a key must be a name or a number, got ['a']"),
     ("!!map of a list", with_plan("!!map [a]"), "what stands there cannot be read as map ("),
     (

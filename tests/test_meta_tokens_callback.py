@@ -557,7 +557,11 @@ def test_an_adapter_on_the_embeddings_is_in_the_way_of_a_new_row(given: Any, kin
 
 def test_an_adapter_of_transformers_own_is_refused(tmp_path: Path) -> None:
     model = tiny.model()
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    try:
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    except ValueError as error:
+        # transformers 5.24 asks for a PEFT that was not released when it was.
+        pytest.skip(str(error))
     with pytest.raises(PluginError, match=r"has an adapter of model\.add_adapter.*peft\.get_peft_model"):
         build(tmp_path, meta(), model=model)
 

@@ -159,6 +159,11 @@ def test_the_check_passes_what_isolates(family: str, attention: str) -> None:
 @pytest.mark.parametrize("family", LEAK)
 def test_the_check_refuses_what_leaks(family: str) -> None:
     model = model_of(LEAK[family](), "eager")
+    batch: dict[str, Any] = PackedCollator()([row(1), row(2)])
+    if family == "falcon" and max(influence(model, batch, document)[0] for document in range(len(LENGTHS))) == 0:
+        # As of transformers 5.24.
+        assert check_isolation(model) == 0.0
+        return
     with pytest.raises(ValueError, match=r"influence each other.*carry state past a restart.*isolate=False"):
         check_isolation(model)
     assert check_isolation(model, tolerance=10.0) > 1e-3

@@ -182,7 +182,7 @@ def _check_kind(name: str, outputs: Any) -> None:
     recurrent = "state" in held or "cache_params" in held
     linear = [n for n, each in enumerate(cache.is_linear) if each] if isinstance(cache, Cache) else []
     if recurrent or linear:
-        which = "" if recurrent else f" in layers {linear}"
+        which = "" if recurrent or len(linear) == len(cache.is_linear) else f" in layers {linear}"
         raise ValueError(
             f"{name} is recurrent{which}: it keeps a state instead of keys and values, so there is no self-attention "
             "for meta-attention to follow. Take a decoder with attention in every layer, or train with "

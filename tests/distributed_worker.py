@@ -85,7 +85,7 @@ def sft_trainer(args: Any, **given: Any) -> Any:
     """TRL's, with the settings of a Trainer, on rows without labels."""
     from trl import SFTConfig, SFTTrainer
 
-    args = SFTConfig(**{**args.to_dict(), "activation_checkpointing": False})
+    args = SFTConfig(**{**args.to_dict(), tiny.CHECKPOINTING: False})
     given["train_dataset"] = given["train_dataset"].select_columns(["input_ids"])
     return SFTTrainer(args=args, **given)
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
@@ -21,7 +22,7 @@ def run(rank: int, folder: str, kind: str) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        tiny.checkpoint_activations(model)
         mesh = init_device_mesh("cpu", (2,))
         for part in (*model.model.layers, model):
             fully_shard(part, mesh=mesh)

@@ -7,7 +7,6 @@ finds to FOLDER/results.json.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 import settings
 import tiny
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from hf_pretrain_ext import extend
 
@@ -40,10 +39,6 @@ class Case:
 
 EPOCHS = {"max_steps": -1, "num_train_epochs": 2}
 
-# Newer releases of transformers warn of the older name.
-NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
-CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in NAMES)
-
 # A pairwise cover: each plug-in and all together; after the first step, mid-epoch, at the epoch's end, twice in a row;
 # workers 0 and 2; accumulation 1, 2 and with a remainder; epochs and steps; logging between checkpoints.
 CASES = [
@@ -58,7 +53,7 @@ CASES = [
     Case(settings.TOGETHER, (10,), {**EPOCHS, "logging_steps": 4}),
     Case(settings.TOGETHER, (13,), {**EPOCHS, "logging_steps": 4, "gradient_accumulation_steps": 3}, rows=83),
     Case(settings.TOGETHER, (3,), {"bf16": True, "dataloader_num_workers": 2}),
-    Case(("replay",), (7,), {**EPOCHS, CHECKPOINTING: True}, rows=37),
+    Case(("replay",), (7,), {**EPOCHS, tiny.CHECKPOINTING: True}, rows=37),
     Case(("replay-mixture", "rewarm"), (2, 12), {**EPOCHS, "dataloader_num_workers": 2}, rows=38),
     Case(("replay-mixture",), (5,), {"gradient_accumulation_steps": 2}),
     Case(("replay-tokens",), (3, 11), EPOCHS),
@@ -83,7 +78,7 @@ CASES = [
     Case(("metadata-stream",), (3, 4), {"dataloader_num_workers": 2}),
     Case(("metadata-mixed", "rewarm"), (3,), {"gradient_accumulation_steps": 2}),
     Case(("meta_tokens",), (1, 4), {"dataloader_num_workers": 2}),
-    Case(("meta_tokens", "replay", "rewarm"), (2, 12), {**EPOCHS, CHECKPOINTING: True}, rows=38),
+    Case(("meta_tokens", "replay", "rewarm"), (2, 12), {**EPOCHS, tiny.CHECKPOINTING: True}, rows=38),
     Case(("meta_tokens", "gradnormlorp"), (3,), {"bf16": True, "gradient_accumulation_steps": 2}),
     Case(("meta_tokens-row", "forgetting"), (3, 11), EPOCHS),
     Case(("meta_tokens-meta",), (4,), {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2}),

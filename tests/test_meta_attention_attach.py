@@ -567,7 +567,7 @@ def test_checkpointing_changes_no_gradient(name: str, reentrant: bool) -> None:
     torch.manual_seed(0)
     expected = gradients(model, *passes)
     assert set(expected) == {name for name, _ in model.named_parameters()}
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    tiny.checkpoint_activations(model, reentrant)
     if reentrant:
         model.enable_input_require_grads()
     torch.manual_seed(0)
@@ -637,7 +637,7 @@ def test_the_model_compiles(checkpointing: bool) -> None:
     expected = gradients(model, given)
     torch._dynamo.reset()
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        tiny.checkpoint_activations(model)
     with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=checkpointing):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         model.zero_grad()

@@ -304,7 +304,7 @@ def sft(folder: Path, data: Any, *callbacks: Any, collator: Any = None, **given:
         "report_to": [],
         "use_cpu": True,
         "bf16": False,
-        "activation_checkpointing": False,
+        tiny.CHECKPOINTING: False,
     }
     return SFTTrainer(
         model=tiny.model(),

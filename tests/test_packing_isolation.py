@@ -368,7 +368,7 @@ def sft_trainer(folder: Path, data: Dataset, collator: Any = None, **settings: A
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "save_strategy": "no",
-        "activation_checkpointing": False,
+        tiny.CHECKPOINTING: False,
     }
     return trl.SFTTrainer(
         model=model_of(config),

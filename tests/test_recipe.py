@@ -385,7 +385,7 @@ def test_the_sft_trainer_prepares_raw_text(world: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     content = recipe(world, tmp_path / "out", trainer="sft")
     del content["pack"]
-    content["training"] |= {"max_length": 32, "bf16": False, "activation_checkpointing": False}
+    content["training"] |= {"max_length": 32, "bf16": False, tiny.CHECKPOINTING: False}
     trainer = load_recipe(written(tmp_path / "r.yaml", content)).build()
     assert "SFTTrainer" in type(trainer).__name__
     trainer.train()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import string
+from typing import Any
 
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast, default_data_collator
+from transformers import PreTrainedTokenizerFast, TrainingArguments, default_data_collator
 
 from hf_pretrain_ext.testing import (
     LENGTH,
@@ -23,10 +25,12 @@ from hf_pretrain_ext.testing import (
 )
 
 __all__ = [
+    "CHECKPOINTING",
     "LENGTH",
     "VOCABULARY",
     "Seen",
     "arguments",
+    "checkpoint_activations",
     "default_data_collator",
     "documents",
     "history",
@@ -37,6 +41,19 @@ __all__ = [
     "trainer",
     "weights",
 ]
+
+
+# Newer releases of transformers warn of the older name.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in {field.name for field in dataclasses.fields(TrainingArguments)}
+)
+
+
+def checkpoint_activations(model: Any, use_reentrant: bool = False) -> None:
+    """From here on, layers are computed again in the backward pass."""
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": use_reentrant})
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

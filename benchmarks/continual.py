@@ -526,6 +526,12 @@ def run_all(results: Results, sections: list[str], seeds: int) -> None:
         results.make(wanted)
 
 
+def expected(scale: str) -> int:
+    """Runs of all sections and seeds."""
+    first = len(all_runs(SECTIONS))
+    return first + (SEEDS[scale] - 1) * (first - len(LOWRANK) * (len(SWEEP) - 1))
+
+
 # The page
 
 
@@ -579,14 +585,25 @@ class Page:
         ]
 
 
+ONE_SEED, HOLDS_0 = "One seed only: no verdict", "Not to be told here: the interval holds 0"
+
+
 def _verdict(values: list[float], expected: float) -> str:
     """Whether a mean over seeds has the sign of `expected`, and its interval too."""
     if len(values) < 2:
-        return "One seed only: no verdict"
+        return ONE_SEED
     found = interval(values)
     if abs(found["mean"]) <= found["half"]:
-        return "Not to be told here: the interval holds 0"
+        return HOLDS_0
     return "Agrees" if found["mean"] * expected > 0 else "Does not agree"
+
+
+def unfinished(results: Results) -> str:
+    """A sentence for whoever reads a page of which runs are still to come."""
+    done, whole = len(results.done), expected(results.scale)
+    if done >= whole:
+        return ""
+    return f"**Not finished: {done} of {whole} runs so far.** Arms and claims of runs that are to come are left out."
 
 
 def write_page(results: Results, path: Path) -> Page:
@@ -615,6 +632,8 @@ def write_page(results: Results, path: Path) -> Page:
         "![losses of the arms](evidence.png)",
         "",
     ]
+    if state := unfinished(results):
+        lines += [state, ""]
     if len(texts) > 1:
         lines += ["Not all seeds read the same text: packages were of other versions. Within a seed all arms did.", ""]
     if page.runs("base"):
@@ -651,14 +670,18 @@ def write_page(results: Results, path: Path) -> Page:
             f"{_cell(d(high, low, 'english'), signed=True)}.",
             f"New: {_verdict(d(high, low, 'german'), -1)}. Old: {_verdict(d(high, low, 'english'), 1)}",
         )
-        warm = {w: d(rewarm_arm(PEAK, "cosine", w), FULL, "german") for w in WARMUPS if w != 0.01}
+    warm = {w: d(rewarm_arm(PEAK, "cosine", w), FULL, "german") for w in WARMUPS if w != 0.01}
+    if all(warm.values()):
+        verdicts = {_verdict(values, 1) for values in warm.values()}
         lines += page.claim(
             "0 to 2 % of warm-up make no difference (Gupta et al.)",
             "warm-up of 0 to 2 % makes no significant difference to the final loss.",
             "; ".join(f"{100 * w:g} %: new {_cell(v, signed=True)}" for w, v in warm.items()) + ", minus 1 %.",
-            "Agrees: no interval is clear of 0"
-            if all(len(v) > 1 and abs(interval(v)["mean"]) <= interval(v)["half"] for v in warm.values())
-            else "See the intervals",
+            ONE_SEED
+            if verdicts == {ONE_SEED}
+            else "Agrees: every interval holds 0"
+            if verdicts == {HOLDS_0}
+            else "Does not agree: not every interval holds 0",
         )
 
     lines += ["## 3. Infinite schedules over three stages (Ibrahim et al.; Beyond Cosine Decay)", ""]
@@ -797,7 +820,8 @@ def into_readme(page: Page, text: str) -> str:
         raise ValueError(f"the README has no place between {MARKS[0].strip()!r} and {MARKS[1].strip()!r}")
     rows = [f"| {label} | {seen} | {verdict} |" for label, seen, verdict in page.claims]
     table = ["| claim | seen here, nats a token | verdict |", "|---|---|---|", *rows, ""]
-    return before + begin + "\n".join(table) + end + after
+    state = unfinished(page.results)
+    return before + begin + "\n".join([*([state, ""] if state else []), *table]) + end + after
 
 
 def plot(page: Page, path: Path) -> None:

@@ -103,6 +103,18 @@ def test_the_best_rate_is_of_a_whole_sweep(continual: Any, tmp_path: Path) -> No
     assert continual.best_rate(results(continual, tmp_path, *lines[1:]), "LoRA") is None
 
 
+def test_a_page_of_some_runs_says_so(continual: Any, tmp_path: Path) -> None:
+    found = results(continual, tmp_path, line("base"), line(continual.FULL))
+    assert continual.unfinished(found).startswith(f"**Not finished: 2 of {continual.expected('full')} runs so far.**")
+    runs = continual.all_runs(continual.SECTIONS)
+    best = {continual.lowrank_arm(kind, 0.01) for kind in continual.LOWRANK}
+    swept = {continual.lowrank_arm(kind, rate) for kind in continual.LOWRANK for rate in continual.SWEEP}
+    lines = [line(name, german=abs("0.01" not in name)) for name in runs]
+    lines += [line(name, seed) for name in runs for seed in (1, 2) if name not in swept - best]
+    assert continual.unfinished(results(continual, tmp_path, *lines)) == ""
+    assert continual.unfinished(results(continual, tmp_path, *lines[1:])) != ""
+
+
 def test_the_arms_are_those_that_the_papers_compare(continual: Any) -> None:
     """Parents come before their children, an arm of two sections is one run."""
     runs = continual.all_runs(continual.SECTIONS)

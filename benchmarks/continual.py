@@ -611,7 +611,7 @@ def write_page(results: Results, path: Path) -> Page:
     d = page.difference
     tokens = STEPS[results.scale] * BATCH * BLOCK
     command = f"python benchmarks/continual.py run --scale {results.scale}"
-    spent = sum(run["seconds"] for run in results.done.values()) / 3600
+    spent = statistics.median(run["seconds"] for run in results.done.values())
     days = sorted({run["date"] for run in results.done.values()})
     machines = sorted({run["machine"] for run in results.done.values()})
     texts = {run["corpus"] for run in results.done.values()}
@@ -619,8 +619,8 @@ def write_page(results: Results, path: Path) -> Page:
     lines = [
         "# Evidence",
         "",
-        f"Made by `make evidence` (`{command}`, then `report`): {len(results.done)} runs, {spent:.1f} hours of "
-        f"one core in all, {where}.",
+        f"Made by `make evidence` (`{command}`, then `report`): {len(results.done)} runs, each on one core, in the "
+        f"median {spent:.0f} s of the clock (with pauses and whatever else the machine did), on {where}.",
         "",
         "A Llama of 1.1M parameters is pre-trained on English prose about computers and goes on with German manual "
         f"pages, then Python sources: {tokens / 1e6:.2f}M tokens an arm, twice as many for the pre-training, blocks "

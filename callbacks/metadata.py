@@ -366,7 +366,7 @@ class MetadataCallback(TrainerPlugin):
         new = ids_without_rows(model, tokenizer, ids)
         if new:
             try:
-                check_embeddings(model)
+                check_embeddings(model, max(new) + 1)
             except ValueError as error:
                 yield from self._unfit(error).problems
                 return

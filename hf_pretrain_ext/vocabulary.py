@@ -214,14 +214,13 @@ def trains_rows(model: Any, ids: Sequence[int], fitted: bool = True) -> bool:
         return not bool((table.weight[ids[1:]] == table.weight[ids[0]]).all())
 
 
-def check_embeddings(model: Any, needed: int | None = None) -> None:
+def check_embeddings(model: Any, needed: int) -> None:
     """
     Raises `ValueError` for a model whose tables cannot be given rows.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model.
-        needed (`int`, *optional*): rows that they are to have; without it, some are to be added. A table in an adapter
-            can be written to where it has that many.
+        needed (`int`): rows that they are to have. A table in an adapter can be written to where it has that many.
     """
     advice = "before that, with hf_pretrain_ext.vocabulary.fit_embeddings(model, tokenizer, ids)"
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
@@ -238,7 +237,7 @@ def check_embeddings(model: Any, needed: int | None = None) -> None:
             continue
         kind = None
         wrapped = type(module).__module__.partition(".")[0] == "peft"
-        if wrapped and (needed is None or _rows(weight) < needed):
+        if wrapped and _rows(weight) < needed:
             kind = "wrapped by an adapter"
         elif type(weight).__name__ == "DTensor" or hasattr(weight, "device_mesh"):
             kind = "sharded"

@@ -185,18 +185,18 @@ class MetaSite:
         rotary = self.rotary
         if rotary is None:
             return None
+        given: Any = args if isinstance(rotary.argument, int) else kwargs
         if rotary.table is not None:
             table = getattr(getattr(self.layer, self.place.child), rotary.table)
             places = kwargs["position_ids"].expand(len(context.positions), -1).gather(1, context.positions)
             sin, cos = table.to(places.device)[places].chunk(2, dim=-1)
-            return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
-        given: Any = args if isinstance(rotary.argument, int) else kwargs
-        turns = given[rotary.argument]
-        if rotary.sines_first:
-            sin, cos = gather_rotary(turns[0], turns[1], context)
-            return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
-        cos, sin = (turns.real, turns.imag) if isinstance(turns, Tensor) else turns
-        return gather_rotary(cos, sin, context)
+        elif rotary.sines_first:
+            sin, cos = gather_rotary(given[rotary.argument][0], given[rotary.argument][1], context)
+        else:
+            turns = given[rotary.argument]
+            cos, sin = (turns.real, turns.imag) if isinstance(turns, Tensor) else turns
+            return gather_rotary(cos, sin, context)
+        return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
 
     def join(self, module: nn.Module, args: Any, output: Any) -> Any:
         """After the child: o + Meta(x + c·o)/c at the meta-tokens, o at all others."""

@@ -160,14 +160,14 @@ class ForgettingCallback(TrainerPlugin):
             return
         for label, trained in self._trained_on(setup).items():
             sampled = data.sample_rows(len(trained))
-            exact, near = data.overlap(rows, data.token_rows(trained, sampled))
-            # A sample of the training rows finds its share of the copies; scaled up, this estimates all of them.
-            scale = len(trained) / len(sampled)
-            if exact * scale > 0.01 or near * scale > 0.2:
+            whole, near = data.copied_rows(rows, data.token_rows(trained, sampled))
+            # What was found in a sample of the training rows is a lower bound; scaled up, it decides whether to speak.
+            if (whole + near) * len(trained) / len(sampled) > 0.01 * len(rows):
+                looked = "" if len(sampled) == len(trained) else f"{len(sampled):,} of the {len(trained):,} rows of "
                 yield Problem(
                     who,
-                    f"about {min(exact * scale, 1):.0%} of its rows and {min(near * scale, 1):.0%} of its 13-grams "
-                    f"are in the {label} data (from {len(sampled):,} of {len(trained):,} rows)",
+                    f"{whole} of its {len(rows)} rows are in {looked}the {label} data, and {near} more share 40 % or "
+                    "more of their 13-grams with one row there",
                     "Hold out whole documents, or its loss says little about what was learned.",
                     level="note",
                 )

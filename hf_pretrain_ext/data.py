@@ -15,6 +15,7 @@ from hf_pretrain_ext.plan.permutation import feistel
 
 __all__ = [
     "columns",
+    "copied_rows",
     "fault_of_ids",
     "fingerprint",
     "id_range",
@@ -22,7 +23,6 @@ __all__ = [
     "is_stream",
     "mean_tokens",
     "ngram_hashes",
-    "overlap",
     "row_lengths",
     "sample_rows",
     "token_rows",
@@ -267,18 +267,36 @@ def ngram_hashes(rows: Sequence[NDArray[np.int64]], n: int = 13) -> NDArray[np.u
     return np.unique(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.uint64)
 
 
-def overlap(
-    held_out: Sequence[NDArray[np.int64]], other: Sequence[NDArray[np.int64]], n: int = 13
-) -> tuple[float, float]:
-    """Share of held-out rows found whole in `other`, and share of held-out `n`-grams found there.
+def copied_rows(
+    held_out: Sequence[NDArray[np.int64]], other: Sequence[NDArray[np.int64]], n: int = 13, share: float = 0.4
+) -> tuple[int, int]:
+    """How many held-out rows are in `other` whole, and how many more share `share` of their `n`-grams with one row.
+
+    Both are of single rows of `other`, so phrases that are everywhere (a licence, indentation) do not count. A copy
+    that is cut into blocks elsewhere shares nearly half of its `n`-grams with one block at least. Rows of fewer than
+    `n` different `n`-grams only count when found whole.
 
     Example:
 
-    >>> overlap([np.arange(20)], [np.arange(20)]), overlap([np.arange(20)], [np.arange(50, 90)])
-    ((1.0, 1.0), (0.0, 0.0))
+    >>> text = np.arange(100)
+    >>> copied_rows([text[:50], text[25:75], text + 1000], [text[:50], text[50:]])
+    (1, 1)
     """
-    whole = {ids.tobytes() for ids in other}
-    exact = sum(ids.tobytes() in whole for ids in held_out) / max(len(held_out), 1)
-    ours, theirs = ngram_hashes(held_out, n), ngram_hashes(other, n)
-    near = float(np.isin(ours, theirs, assume_unique=True).mean()) if ours.size and theirs.size else 0.0
-    return exact, near
+    theirs = {ids.tobytes() for ids in other if len(ids)}
+    whole = np.array([ids.tobytes() in theirs for ids in held_out], dtype=bool)
+    grams = [ngram_hashes([ids], n) for ids in held_out]
+    sizes = np.array([len(each) for each in grams], dtype=np.int64)
+    if not sizes.any():
+        return int(whole.sum()), 0
+    hashes, owners = np.concatenate(grams), np.repeat(np.arange(len(grams)), sizes)
+    order = np.argsort(hashes, kind="stable")
+    hashes, owners = hashes[order], owners[order]
+    most = np.zeros(len(grams), dtype=np.int64)
+    for ids in other:
+        found = ngram_hashes([ids], n)
+        first, last = np.searchsorted(hashes, found, "left"), np.searchsorted(hashes, found, "right")
+        places = [np.arange(a, b) for a, b in zip(first, last, strict=True) if a < b]
+        if places:
+            np.maximum(most, np.bincount(owners[np.concatenate(places)], minlength=len(grams)), out=most)
+    near = (sizes >= n) & (most >= share * sizes) & ~whole
+    return int(whole.sum()), int(near.sum())

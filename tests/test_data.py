@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_pretrain_ext.data import (
     columns,
+    copied_rows,
     id_range,
     ngram_hashes,
-    overlap,
     sample_rows,
     token_rows,
     tokenizer_fingerprint,
@@ -107,40 +107,54 @@ def test_id_range(rows: list[list[int]], expected: tuple[int, int] | None) -> No
 # --- overlap ----------------------------------------------------------------------------------------
 
 
-def brute_force(held_out: list[list[int]], other: list[list[int]], n: int) -> tuple[float, float]:
-    """Rows found whole, and distinct n-grams found, by comparing lists."""
-    exact = sum(any(row == theirs for theirs in other) for row in held_out) / max(len(held_out), 1)
+def brute_force(held_out: list[list[int]], other: list[list[int]], n: int, share: float) -> tuple[int, int]:
+    """Rows found whole, and rows of which one other row has `share` of the n-grams, by comparing lists."""
 
-    def grams(rows: list[list[int]]) -> set[tuple[int, ...]]:
-        return {tuple(row[at : at + n]) for row in rows for at in range(len(row) - n + 1)}
+    def grams(row: list[int]) -> set[tuple[int, ...]]:
+        return {tuple(row[at : at + n]) for at in range(len(row) - n + 1)}
 
-    ours = grams(held_out)
-    return exact, len(ours & grams(other)) / len(ours) if ours else 0.0
+    whole = [bool(row) and row in other for row in held_out]
+    near = [
+        len(ours) >= n and any(len(ours & grams(theirs)) >= share * len(ours) for theirs in other)
+        for ours in map(grams, held_out)
+    ]
+    return sum(whole), sum(there and not copy for there, copy in zip(near, whole, strict=True))
 
 
 FEW_IDS = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=6)
 
 
 @PROPERTY
-@given(FEW_IDS, FEW_IDS, st.integers(1, 5))
-def test_overlap_is_what_comparing_finds(held_out: list[list[int]], other: list[list[int]], n: int) -> None:
-    assert overlap(arrays(held_out), arrays(other), n) == pytest.approx(brute_force(held_out, other, n))
+@given(FEW_IDS, FEW_IDS, st.integers(1, 5), st.sampled_from([0.25, 0.5, 1.0]))
+def test_copied_rows_are_what_comparing_finds(
+    held_out: list[list[int]], other: list[list[int]], n: int, share: float
+) -> None:
+    assert copied_rows(arrays(held_out), arrays(other), n, share) == brute_force(held_out, other, n, share)
     assert len(ngram_hashes(arrays(held_out), n)) == len(
         {tuple(row[at : at + n]) for row in held_out for at in range(len(row) - n + 1)}
     )
 
 
-def test_overlap_at_thirteen_grams() -> None:
-    """Rows of 40 ids: a copy, one with a changed id in the middle, one whose end is another's beginning."""
+def test_copied_rows_at_thirteen_grams() -> None:
+    """Blocks of 128 of a text, held out and trained on at offsets that differ: 116 13-grams a block."""
+    text = np.random.default_rng(0).integers(0, 50_000, 128 * 40)
+    blocks = list(text[: 128 * 20].reshape(20, 128))
+    for offset in range(1, 128):
+        # Of the two blocks that a copy lies in, the larger part has at least 64 tokens, so 52 13-grams: 45 %.
+        held_out = [text[at + offset : at + offset + 128] for at in range(0, 128 * 10, 128)]
+        assert copied_rows(held_out, blocks) == (0, 10)
+    assert copied_rows(blocks[:7], blocks) == (7, 0)
+    assert copied_rows(blocks, list(text[128 * 20 :].reshape(20, 128))) == (0, 0)
+    assert copied_rows(blocks, [row[::-1] for row in blocks]) == (0, 0)
+
+
+def test_what_every_row_has_is_no_copy() -> None:
+    """A licence of 40 tokens that begins every row of 128: 28 of 116 13-grams. And rows of nothing but padding."""
     generator = np.random.default_rng(0)
-    rows = [generator.integers(0, 50_000, 40) for _ in range(4)]
-    changed = rows[1].copy()
-    changed[20] += 1
-    exact, near = overlap([rows[0], changed, np.concatenate([rows[2][20:], rows[3][:20]])], rows)
-    assert exact == 1 / 3
-    # Of 3 × 28 13-grams: 28 of the copy; those that avoid place 20 (8 before, 7 after); 2 × 8 within the halves.
-    assert near == pytest.approx((28 + 8 + 7 + 16) / 84)
-    assert overlap(rows, [row[::-1] for row in rows]) == (0.0, 0.0)
+    licence = generator.integers(0, 50_000, 40)
+    rows = [np.concatenate([licence, generator.integers(0, 50_000, 88)]) for _ in range(40)]
+    assert copied_rows(rows[:20], rows[20:]) == (0, 0)
+    assert copied_rows([np.zeros(64, dtype=np.int64)], [np.zeros(65, dtype=np.int64)]) == (0, 0)
 
 
 def test_ngrams_of_many_ids_do_not_collide() -> None:

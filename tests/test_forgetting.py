@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, defaul
 
 from hf_pretrain_ext import PluginError, extend, read_trace
 from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
+from hf_pretrain_ext.data import sample_rows
 
 
 def test_loss_equals_the_hosts_own_evaluation(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_sets_that_do_not_fit_are_refused_at_extend(
 
 def test_held_out_rows_that_are_trained_on_are_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     extend(tiny.trainer(tmp_path, ForgettingCallback({"old": tiny.rows(10)}), data=tiny.rows(40)))
-    assert "about 100% of its rows and 100% of its 13-grams are in the training data" in capsys.readouterr().err
+    assert "10 of its 10 rows are in the training data, and 0 more share 40 % or more" in capsys.readouterr().err
     extend(tiny.trainer(tmp_path, ForgettingCallback({"old": tiny.rows(10, seed=77)}), data=tiny.rows(40)))
     assert "13-grams" not in capsys.readouterr().err
 
@@ -224,4 +225,20 @@ def test_held_out_rows_that_are_trained_on_are_a_note(tmp_path: Path, capsys: py
 def test_held_out_rows_that_are_replayed_are_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held_out = tiny.rows(10, seed=77)
     extend(tiny.trainer(tmp_path, ForgettingCallback({"old": held_out}), ReplayCallback(held_out, ratio=0.25)))
-    assert "100% of its 13-grams are in the replay data" in capsys.readouterr().err
+    assert "10 of its 10 rows are in the replay data" in capsys.readouterr().err
+
+
+def test_of_many_rows_a_sample_is_looked_at_and_the_note_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of ten held-out rows stand among 1,500 that are trained on, in places that a sample of 1,000 has."""
+    trained, held_out = tiny.rows(1500, seed=5), tiny.rows(10, seed=77)
+    seen, unseen = sample_rows(1500)[:2], next(row for row in range(1500) if row not in sample_rows(1500))
+    for places, expected in (
+        (seen, "2 of its 10 rows are in 1,000 of the 1,500 rows of the training data"),
+        ([unseen], ""),
+    ):
+        mixed = [held_out[places.index(n)] if n in places else trained[n] for n in range(1500)]
+        extend(tiny.trainer(tmp_path, ForgettingCallback({"old": held_out}), data=Dataset.from_list(mixed)))
+        note = capsys.readouterr().err
+        assert expected in note and ("13-grams" in note) == bool(expected)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,17 @@ def continual() -> Any:
     return module
 
 
-def line(run: str, seed: int = 0, corpus: str = "a", **losses: float) -> dict[str, Any]:
+def line(run: str, seed: int = 0, corpus: str = "a", setting: str = "", **losses: float) -> dict[str, Any]:
+    module = sys.modules["continual"]
     return {
+        "setting": setting or module.setting(module.KNOWN[run], "full"),
         **{"run": run, "seed": seed, "scale": "full", "steps": 488, "seconds": 3600.0, "threads": 1},
         **{"date": "2026-01-02", "machine": "a machine", "corpus": corpus},
         "losses": {"english": 4.0, "german": 2.0, "python": 6.0, **losses},
         "before": {"english": 4.0, "german": 6.0, "python": 6.0},
         "gap": {"english": 1.0, "german": 0.0, "python": 0.0},
         "recovery": {"english": None, "german": 0, "python": 0},
-        "course": {"english": {"steps": [0, 488], "losses": [4.0, 4.5]}},
+        "course": {name: {"steps": [0, 488], "losses": [4.0, 4.5]} for name in ("english", "german", "python")},
     }
 
 
@@ -95,6 +99,90 @@ def test_runs_of_other_text_are_not_compared(continual: Any, tmp_path: Path) -> 
     whole = results(continual, tmp_path, *map(line, runs))
     whole.leave_out(wanted, "b")
     assert len(whole.done) == len(runs)
+
+
+def test_runs_of_other_settings_are_made_again(continual: Any, tmp_path: Path) -> None:
+    """Also those whose parent was trained otherwise."""
+    runs = continual.all_runs(["reptile"])
+    wanted = [(run, 0) for run in runs.values()]
+    found = results(continual, tmp_path, *(line(name) for name in runs if name != continual.FULL))
+    found.done[continual.FULL, 0] = line(continual.FULL, setting="of before")
+    found.leave_out(wanted, "a")
+    assert set(found.done) == {(name, 0) for name in runs} - {(continual.FULL, 0)}
+
+    def with_base(**changes: Any) -> dict[str, str]:
+        kept = dict(continual.KNOWN)
+        continual.KNOWN["base"] = dataclasses.replace(kept["base"], **changes)
+        try:
+            return {name: continual.setting(run, "full") for name, run in continual.KNOWN.items()}
+        finally:
+            continual.KNOWN.update(kept)
+
+    same, other = with_base(), with_base(length=3)
+    assert {name for name in same if same[name] != other[name]} == {
+        name for name, run in continual.KNOWN.items() if name == "base" or ancestor(continual, run) == "base"
+    }
+    assert len({*same.values()}) == len(same)
+
+
+def ancestor(continual: Any, run: Any) -> str:
+    return run.name if run.parent is None else ancestor(continual, continual.KNOWN[run.parent])
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high", "verdict"),
+    [
+        ([0.01, 0.02, 0.03], -0.1, 0.1, "Agrees"),
+        ([0.02, 0.021, 0.022], -math.inf, 0.0, "Does not agree"),
+        # 0.05 ± 4.303 · 0.05 / √3, so up to 0.174
+        ([0.0, 0.05, 0.1], -0.1, 0.1, "Not to be told here: the interval is wider than that"),
+        ([0.5, 0.5], 0.6, math.inf, "Does not agree"),
+        ([0.7], 0.6, math.inf, "One seed only: no verdict"),
+    ],
+)
+def test_verdicts_of_intervals(continual: Any, values: list[float], low: float, high: float, verdict: str) -> None:
+    assert continual._within(values, low, high) == verdict
+
+
+def test_most_of_the_forgetting_is_more_than_half(continual: Any, tmp_path: Path) -> None:
+    """The base has an old loss of 4; without replay 8, with 5 % as given, at the cost given."""
+
+    def verdict(old: float, new: float) -> str:
+        lines = [line(continual.FULL, seed, english=8.0 + seed / 100) for seed in range(3)]
+        lines += [line(continual.replay_arm(0.05), seed, english=old, german=2.0 + new) for seed in range(3)]
+        page = continual.write_page(results(continual, tmp_path, *lines), tmp_path / "page.md")
+        claims = {label: told for label, _, told in page.claims}
+        return str(claims["A few per cent of replay undo most of the forgetting, at little cost (Ibrahim et al.)"])
+
+    assert verdict(5.0, 0.02).count(": Agrees") == 2
+    assert verdict(7.8, 0.005).count(": Does not agree") == 1
+    assert verdict(5.0, 0.5).count(": Does not agree") == 1
+
+
+def test_losses_within_a_run(continual: Any, tmp_path: Path) -> None:
+    """The rise in the first tenth, steps 0 to 49 of 488, is not the worst one; a share of the run ends at a probe."""
+    course = {"steps": [0, 5, 49, 98, 408, 488], "losses": [4.0, 5.5, 5.0, 5.2, 7.0, 6.5]}
+    made = line(continual.FULL) | {"course": dict.fromkeys(continual.DOMAINS, course)}
+    page = continual.Page(results(continual, tmp_path, made))
+    assert page.early_depth(continual.FULL) == [1.5]
+    assert page.at(continual.FULL, 0.85, "german") == [7.0] and page.at(continual.FULL, 1, "german") == [6.5]
+
+
+def test_the_rate_of_the_third_stage(continual: Any) -> None:
+    """Held, then the exponential anneal of infinite schedules: half-way at the geometric mean."""
+    rate = continual.HoldAndAnneal(1e-3, 1e-5, 80, 100)
+    assert rate(0) == rate(80) == 1e-3
+    assert rate(90) == pytest.approx(1e-4) and rate(100) == pytest.approx(1e-5)
+
+
+def test_low_rank_arms_train_all_else_but_the_one_that_says_so(continual: Any) -> None:
+    for kind in ("LoRA", "DoRA", continual.FROZEN):
+        model = continual.adapted(continual.build_model(0), kind)
+        trained = {name: param.requires_grad for name, param in model.named_parameters()}
+        others = {name: it for name, it in trained.items() if "lora_" not in name and "base_layer" not in name}
+        assert set(others.values()) == {kind != continual.FROZEN} and len(others) > 8
+        assert not any(it for name, it in trained.items() if "base_layer" in name)
+        assert all(it for name, it in trained.items() if "lora_" in name)
 
 
 def test_the_best_rate_is_of_a_whole_sweep(continual: Any, tmp_path: Path) -> None:

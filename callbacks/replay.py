@@ -185,7 +185,8 @@ class ReplayCallback(TrainerPlugin):
             return
         # What an earlier stage read from files was prepared then.
         prepared = {name: setup.prepare(given, name) for name, given in past.given.items()}
-        findings = past.find(setup.beginning, self.config.weights, prepared, training)
+        in_order = self.config.order == "original"
+        findings = past.find(setup.beginning, self.config.weights, prepared, training, in_order)
         if not any(fatal for _, _, fatal in findings):
             self.datasets = dict(past.datasets)
             past.found_for = (setup.trainer, setup.beginning, training)
@@ -392,6 +393,8 @@ class ReplayCallback(TrainerPlugin):
                 order=config.order,
                 replayed=True,
                 dataset=dataset,
+                # Small shares would read the same rows in every stage.
+                key=None if self.past is None else f"{name}, in stage {setup.beginning.number}",
             )
             for name, dataset in self._data(setup).items()
         ]

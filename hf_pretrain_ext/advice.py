@@ -91,10 +91,12 @@ def stability_gap(
     passes, notes = epochs or EPOCHS, []
     if corpus_tokens is not None and new / passes > corpus_tokens:
         if epochs is None:
-            passes = math.ceil(new / corpus_tokens)
+            passes = math.ceil(new / corpus_tokens * (1 - 1e-9))
+            share = new / passes / corpus_tokens
+            left = "nothing can be chosen" if share > 0.995 else f"only the worst {1 - share:.0%} can be left out"
             notes.append(
-                f"the corpus is smaller than a subset for {EPOCHS} passes: all of it is read, in {passes} passes, and "
-                "nothing can be chosen"
+                f"the corpus is smaller than a subset for {EPOCHS} passes: {min(share, 1):.0%} of it is read, in "
+                f"{passes} passes, and {left}"
             )
         else:
             notes.append(

@@ -14,7 +14,7 @@ from hf_pretrain_ext import checkpoint
 from hf_pretrain_ext.checkpoint import STATE_FOLDER, CheckpointError
 from hf_pretrain_ext.loading import weight_files
 from hf_pretrain_ext.merging.compare import flat_config
-from hf_pretrain_ext.stages import Stage, of_state, read_stages
+from hf_pretrain_ext.stages import STAGES_NAME, Stage, is_ahead, of_state, read_stages
 from hf_pretrain_ext.values import reason, shown
 
 __all__ = ["FETCHED", "Base", "find_folder", "look_up", "read_life", "settings_that_differ"]
@@ -179,6 +179,13 @@ def read_life(
             step = int(state["step"])
             stages = stages or (of_state(state),)
     elif stages is not None:
+        if is_ahead(folder, files):
+            newest, _ = checkpoint.last_complete_checkpoint(folder)
+            advice = f"Its newest complete checkpoint is {newest}" if newest else "It holds no complete checkpoint"
+            raise CheckpointError(
+                f"{text} holds weights that were saved before the training that its {STAGES_NAME} tells of. {advice}; "
+                "to continue from the weights that training ended with, call save_model() after it"
+            )
         step = stages[-1].steps
     return files, stages, step, ours
 

@@ -32,6 +32,7 @@ __all__ = [
 STATE_FOLDER = "hf_pretrain_ext"
 _STATE = "state.json"
 _MANIFEST = "manifest.json"
+_STAGES = "stages.json"
 _FORMAT = 1
 _PART = ".hpe-part"
 # The SIGTERM checkpoint keeps this file while it saves and removes it afterwards.
@@ -161,17 +162,33 @@ def _fault(checkpoint: Path, name: str, size: int, digest: str) -> str | None:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest complete checkpoint in `output_dir`, and those newer than it with the fault that ruled them out."""
+    """The newest complete checkpoint in `output_dir`, and those newer than it with the fault that ruled them out.
+
+    Of several stages, which count their steps from 0 each, those of the last are the newest.
+    """
     skipped: list[tuple[Path, str]] = []
     if not _is_folder(output_dir):
         return None, skipped
-    numbered = [(int(m.group(1)), p) for p in Path(output_dir).iterdir() if (m := _CHECKPOINT.fullmatch(p.name))]
-    for _, path in sorted(numbered, reverse=True):
+    numbered = [
+        (_stage_number(p), int(m.group(1)), p)
+        for p in Path(output_dir).iterdir()
+        if (m := _CHECKPOINT.fullmatch(p.name))
+    ]
+    for _, _, path in sorted(numbered, reverse=True):
         faults = find_faults(path)
         if not faults:
             return path, skipped
         skipped.append((path, faults[0]))
     return None, skipped
+
+
+def _stage_number(checkpoint: Path) -> int:
+    """Of the stage that a checkpoint is of; 0 where it does not tell."""
+    try:
+        found = json.loads((checkpoint / STATE_FOLDER / _STAGES).read_text(encoding="utf-8"))
+        return int(found["stages"][-1]["number"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
+        return 0
 
 
 def is_writing_failure(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -19,9 +20,18 @@ from hf_pretrain_ext import _host, checkpoint
 from hf_pretrain_ext.base_model import FETCHED, Base, look_up, settings_that_differ
 from hf_pretrain_ext.checkpoint import STATE_FOLDER, CheckpointError
 from hf_pretrain_ext.data import tokenizer_fingerprint
-from hf_pretrain_ext.loading import carry_optimizer, fits, is_sharded, load_weights, state_of
+from hf_pretrain_ext.loading import (
+    base_digest,
+    carry_optimizer,
+    fits,
+    is_adapter,
+    is_sharded,
+    load_weights,
+    state_of,
+)
 from hf_pretrain_ext.nonfinite import Action
 from hf_pretrain_ext.run import PluginRun
+from hf_pretrain_ext.run_stage import life_of_model, revision_of
 from hf_pretrain_ext.stages import STAGES_NAME, Beginning, Stage, check_name, read_stages
 from hf_pretrain_ext.trainer import PlanConfig, extend
 from hf_pretrain_ext.units import to_point, to_rate
@@ -242,21 +252,34 @@ def _origin(trainer: Any, given: Any, revision: str | None) -> Origin:
         try:
             found[0] = _from_folder(os.fspath(given), revision)
         except (CheckpointError, ValueError) as error:
-            found[1] = error
+            found[1] = _or_resume(error, trainer)
     origin, refusal = broadcast_object_list(found)
     if refusal is not None:
         raise refusal
     return cast(Origin, origin)
 
 
+def _or_resume(error: Exception, trainer: Any) -> Exception:
+    """A stage under way needs the checkpoint that it began with no more."""
+    newest, _ = checkpoint.last_complete_checkpoint(trainer.args.output_dir or "")
+    if newest is None or read_stages(newest) is None:
+        return error
+    return type(error)(
+        f"{error}. To finish the stage that {newest} is of, leave continue_from out: extend(trainer), then "
+        "train(resume_from_checkpoint=True)"
+    )
+
+
 def _from_model(trainer: Any, model: Any) -> Origin:
     run = getattr(trainer, "_plugin_run", None)
     text = getattr(model, "name_or_path", None) or type(model).__name__
-    if model is trainer.model and run is not None and run.stage.trained:
-        stages = run.stage.life()
+    if model is trainer.model and run is not None:
+        run.stage.close()
+    stages = life_of_model(model)
+    if stages is not None:
         return Origin(text, None, [], stages, {"path": None, "step": stages[-1].steps}, model=model)
     folder = Path(text) if os.path.isdir(text) else None
-    base = look_up(folder, str(text), None, model)
+    base = look_up(folder, str(text), revision_of(model), model)
     histories = (STAGES_NAME, f"{STATE_FOLDER}/{STAGES_NAME}")
     if folder is not None and any((folder / name).is_file() for name in histories):
         advice = f"continue_from(trainer, {text!r}, carry=())"
@@ -276,14 +299,18 @@ def _from_folder(given: str, revision: str | None) -> Origin:
     if stages is None:
         base = look_up(folder, given, found_revision)
         stages = (base.stage(),)
-    return Origin(given, folder, files, stages, {"path": given, "step": step}, base, ours=ours)
+    parent: dict[str, Any] = {"path": given, "step": step}
+    if fetched is None and not os.path.isabs(given):
+        # Another process may look for it from another working folder.
+        parent["folder"] = str(folder)
+    return Origin(given, folder, files, stages, parent, base, ours=ours)
 
 
 def _before_anneal(last: Stage, origin: Origin) -> str | None:
     """The newest checkpoint of a rate that had not come down yet, if there is one."""
     if last.kind == "anneal":
-        path = (last.parent or {}).get("path")
-        return path if path and Path(path).is_dir() else None
+        parent = last.parent or {}
+        return next((each for key in ("folder", "path") if (each := parent.get(key)) and Path(each).is_dir()), None)
     start = last.anneal_start
     if start is None or origin.folder is None:
         return None
@@ -301,6 +328,9 @@ def _about_annealed(last: Stage, origin: Origin) -> str:
     line += "the rate has to be re-warmed. "
     if before:
         return f"{line}The newest checkpoint before its anneal is {before}: continue_from(trainer, {before!r})"
+    was = (last.parent or {}).get("path") if last.kind == "anneal" else None
+    if was:
+        return f"{line}The checkpoint that it branched from, {was}, is not there"
     return f"{line}No checkpoint from before its anneal is left"
 
 
@@ -385,11 +415,12 @@ def _check_no_other_stage(trainer: Any, began: Beginning) -> None:
         held = read_stages(folder)
         if held is None:
             continue
-        if [stage.name for stage in held] != [*(stage.name for stage in began.earlier), began.name]:
+        if Beginning.of(held).identity() != json.loads(json.dumps(began.identity())):
+            other = held[-1].name
+            which = f"the stage {other!r}" if other != began.name else f"another stage {other!r}, begun otherwise"
             raise ValueError(
-                f"output_dir={shown(trainer.args.output_dir)} holds {folder.name} of the stage {held[-1].name!r}, "
-                f"with whose checkpoints those of {began.name!r} would mix. Give the new stage an output_dir of its "
-                "own"
+                f"output_dir={shown(trainer.args.output_dir)} holds {folder.name} of {which}, with whose checkpoints "
+                f"those of {began.name!r} would mix. Give the new stage an output_dir of its own"
             )
 
 
@@ -516,7 +547,25 @@ def _loaded(trainer: Any, origin: Origin, model: Any) -> tuple[Any, list[str]]:
     named = [name for name in origin.stages[-1].plugins if name not in {p.name for p in trainer.plugin_run.plugins}]
     hint = f"It was trained with the plug-ins {', '.join(named)}, which this trainer does not have." if named else ""
     notes = load_weights(model, source, origin.text, hint)
+    _check_below_adapter(model, origin)
     return model, [*notes, *_other_settings(model, origin)]
+
+
+def _check_below_adapter(model: Any, origin: Origin) -> None:
+    """An adapter's file holds nothing of the weights below it, which an earlier stage may have trained."""
+    if not origin.ours or origin.folder is None or not is_adapter(origin.files):
+        return
+    was = checkpoint.read_state(origin.folder).get("base")
+    if was is None or was == base_digest(model):
+        return
+    below = next((s.parent for s in reversed(origin.stages) if s.parent and s.parent.get("path")), None)
+    where = f"that stage began with {below['path']}" if below else "it is the model that the stage began with"
+    raise CheckpointError(
+        f"{origin.text} holds an adapter alone, and the weights below it are others here (or of another type, or "
+        f"others of them are trained) than when it was saved: {where}. Build the trainer with the model of there, "
+        "from_pretrained(...), before the adapter is put on it. Where other weights are meant, load the adapter with "
+        "PeftModel.from_pretrained(model, folder, is_trainable=True) and pass carry=(), which takes the history alone"
+    )
 
 
 def _other_settings(model: Any, origin: Origin) -> list[str]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+
+from hf_pretrain_ext.plan.plan import Order, Source, first_rows
 from hf_pretrain_ext.sources import identified, reopen
 from hf_pretrain_ext.stages import Beginning, LifeSource, life_of
 from hf_pretrain_ext.values import is_number, shown
@@ -40,6 +43,7 @@ class ReplayedHistory:
         weights: Any = None,
         prepared: Mapping[str, Any] | None = None,
         training: str | None = None,
+        in_order: bool = False,
     ) -> list[Finding]:
         """Looks for the rows of every source; nothing is read but a sample of those that are opened from files.
 
@@ -48,10 +52,13 @@ class ReplayedHistory:
             weights (`dict[str, float]`, *optional*): by source, in place of the tokens seen.
             prepared (`dict[str, dataset]`, *optional*): `given`, as they are trained on.
             training (`str`, *optional*): fingerprint of the training data: what is read anyway is not replayed too.
+            in_order (`bool`): whether the order of rows matters, which is then that of their first visit. Otherwise a
+                source that was read to its end is left in the order of its files.
         """
         given = self.given if prepared is None else prepared
-        life = life_of(beginning.history)
         unknown = [stage.name for stage in beginning.history if stage.kind == "unknown"]
+        # What stood in for the data of a base says nothing of how much of that data there was.
+        life = {name: source for name, source in life_of(beginning.history).items() if name not in unknown}
         again = [name for name, source in life.items() if training is not None and source.fingerprint == training]
         findings = [
             (f"{name!r} is the training data itself and is not replayed beside it", "Nothing has to be done.", False)
@@ -68,14 +75,14 @@ class ReplayedHistory:
                 findings += _stand_in(source, given[name])
                 continue
             try:
-                found[name] = _reopened(source)
+                found[name] = _reopened(source, in_order)
             except ValueError as error:
                 lost.append((source, str(error)))
         findings += [_lost(lost)] if lost else []
         findings += self._base(unknown)
         self.datasets = {**found, **{name: given[name] for name in unknown if name in given}}
         if not self.datasets and not lost:
-            findings.append(("found nothing that earlier stages read", "Pass old data as `dataset`.", True))
+            findings.append(_nothing(again))
         return [*findings, *self._weigh(life, weights)]
 
     def _misnamed(self, life: Mapping[str, LifeSource], unknown: list[str]) -> Iterator[Finding]:
@@ -130,6 +137,17 @@ class ReplayedHistory:
                 )
 
 
+def _nothing(again: list[str]) -> Finding:
+    if again:
+        return (
+            f"all that earlier stages read is the training data itself ({', '.join(map(repr, again))}), so there is "
+            "nothing to replay beside it",
+            "Leave ReplayCallback out of this stage, or pass old data as `dataset`.",
+            True,
+        )
+    return "found nothing that earlier stages read", "Pass old data as `dataset`.", True
+
+
 def _stand_in(source: LifeSource, dataset: Any) -> Iterator[Finding]:
     found = identified(dataset)
     if found is not None and source.fingerprint is not None and found != source.fingerprint:
@@ -140,16 +158,32 @@ def _stand_in(source: LifeSource, dataset: Any) -> Iterator[Finding]:
         )
 
 
-def _reopened(source: LifeSource) -> Any:
+def _reopened(source: LifeSource, in_order: bool) -> Any:
     """Raises `ValueError` that says why the rows of a source are not to be had."""
     if source.place is None:
         if source.rows is None:
             raise ValueError("it was a stream")
-        raise ValueError("it was not read from files of its own (made in memory, or a slice out of the middle)")
+        raise ValueError(
+            "it was not read from files of its own (made in memory, a slice out of the middle, or what a plug-in made "
+            "of them)"
+        )
     dataset = reopen(source.place)
     if source.fingerprint is not None and identified(dataset) != source.fingerprint:
         raise ValueError(f"{source.place['files'][0]} holds other rows than it did")
-    return dataset
+    return _visited(source, dataset, in_order)
+
+
+def _visited(source: LifeSource, dataset: Any, in_order: bool) -> Any:
+    """The rows that were read, in the order of their first visit; all of them where that is not known."""
+    rows = len(dataset)
+    if source.visits is None or (not in_order and any(draws >= rows for *_, draws in source.visits)):
+        return dataset
+    read = [
+        first_rows(Source(source.name, rows, order=cast(Order, order), key=key), seed, draws)
+        for order, key, seed, draws in source.visits
+    ]
+    numbers, first = np.unique(np.concatenate(read), return_index=True)
+    return dataset.select(numbers[np.argsort(first)])
 
 
 def _lost(lost: list[tuple[LifeSource, str]]) -> Finding:

@@ -474,6 +474,7 @@ class PluginRun:
 
     def on_train_begin(self) -> None:
         """Inside the host's loop, before the first step: sums that the host does not save are put back."""
+        self.stage.trained = self.resumed_at is not None
         if self._restored:
             _host.restore_log_sums(self.trainer, self._restored)
 
@@ -515,14 +516,14 @@ class PluginRun:
         self.gather_counts()
         self._trace.write("end", self.step, counts=self.realised())
         self.stage.end()
-        self.write_stages(self.output_dir)
+        self.write_stages(self.output_dir, with_weights=False)
 
-    def write_stages(self, folder: str) -> None:
+    def write_stages(self, folder: str, with_weights: bool = True) -> None:
         """`stages.json` beside weights that are used or pushed from there."""
         if not self.is_main:
             return
         try:
-            self.stage.write(folder)
+            self.stage.write(folder, with_weights)
         except OSError as error:
             # Every checkpoint has it: no reason to lose the run.
             self.say(f"stages.json cannot be written into {folder} ({error})", logging.WARNING)

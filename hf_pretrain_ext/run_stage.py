@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-from hf_pretrain_ext import data, sources
+from hf_pretrain_ext import checkpoint, data, sources
 from hf_pretrain_ext.rng import rng_guard
 from hf_pretrain_ext.stages import (
     STAGES_NAME,
@@ -16,7 +18,6 @@ from hf_pretrain_ext.stages import (
     SeenSource,
     Stage,
     rate_line,
-    read_stages,
     schedule_record,
     stages_json,
     write_stages,
@@ -26,7 +27,7 @@ from hf_pretrain_ext.trace import versions
 if TYPE_CHECKING:
     from hf_pretrain_ext.run import PluginRun
 
-__all__ = ["RunStage"]
+__all__ = ["RunStage", "life_of_model", "revision_of"]
 
 
 class RunStage:
@@ -44,6 +45,7 @@ class RunStage:
         self.trained = False
         self._started: str | None = None
         self._final: Stage | None = None
+        self._best: tuple[Stage, ...] | None = None
         self._looked_up: dict[str, Any] = {}
 
     # Beginning
@@ -51,7 +53,7 @@ class RunStage:
     def set(self, beginning: Beginning, load: Any = None, fill: Any = None) -> None:
         """A stage that `continue_from` begins, in place of whatever this run was."""
         self.beginning, self.load, self.fill = beginning, load, fill
-        self.trained, self._started, self._final = False, None, None
+        self.trained, self._started, self._final, self._best = False, None, None, None
 
     def kept(self) -> dict[str, Any]:
         """What [`restore`](RunStage.restore) puts back, where a stage could not begin."""
@@ -76,20 +78,30 @@ class RunStage:
 
     def begin(self, resumed: bool) -> None:
         """Called before a run is set up anew, while it still holds what an earlier `train()` left."""
-        if resumed:
-            self.trained = True
-        else:
+        if not resumed:
             if self.trained and self.run.trainer.model_init is None:
                 # A second train() goes on from the weights of the first, and knows as much of what was before.
                 told = self.beginning.told
                 self.beginning = Beginning(self.life(), carry=("weights",) if told else (), told=told)
                 self.load = self.fill = None
+                self._warn_of_checkpoints()
             self._started = None
-            self.trained = False
-        self._looked_up, self._final = {}, None
+        # Of a resume, too, nothing is trained before the weights of the checkpoint are in the model.
+        self.trained = False
+        self._looked_up, self._final, self._best = {}, None, None
         self._started = self._started or _now()
         if not self.beginning.earlier and not self.beginning.told:
             self.beginning = Beginning(tuple(_base_of(self.run.trainer.model)))
+
+    def _warn_of_checkpoints(self) -> None:
+        there = checkpoint.checkpoints_in(self.run.output_dir)
+        if there and self.run.trainer.args.save_strategy != "no":
+            self.run.say(
+                f"warning: {self.run.output_dir} holds {there[-1].name} of an earlier stage. A second train() counts "
+                "its steps from 0 again, and its checkpoints would replace those of the same number: give it an "
+                "output_dir of its own (trainer.args.output_dir) to keep both",
+                logging.WARNING,
+            )
 
     def lines(self) -> list[str]:
         """What this stage is, and how its learning rate goes on from that of the last."""
@@ -130,8 +142,8 @@ class RunStage:
         return (*self.beginning.earlier, self.record())
 
     def life(self) -> tuple[Stage, ...]:
-        """The same once it is over."""
-        return (*self.beginning.earlier, self._final or self.record())
+        """The same once it is over: up to the best checkpoint, where its weights were loaded at the end."""
+        return self._best or (*self.beginning.earlier, self._final or self.record())
 
     def record(self) -> Stage:
         run, began = self.run, self.beginning
@@ -172,14 +184,22 @@ class RunStage:
     def end(self) -> None:
         """Every rank calls it once a stage is over and its counts are gathered."""
         self._final = self.record()
+        _LIVES[self.run.trainer.model] = self.life()
 
-    def write(self, folder: str | Path) -> None:
-        """Beside the weights that training ended with: those of the best checkpoint, where that was loaded."""
-        best = self.run.trainer.state.best_model_checkpoint
-        stages = None
-        if self.run.trainer.args.load_best_model_at_end and best is not None:
-            stages = read_stages(best)
-        write_stages(folder, stages or self.life())
+    def close(self) -> None:
+        """Before another stage begins: takes in what a training that was interrupted has counted. On every rank."""
+        if self.trained and self._final is None:
+            self.run.commit()
+            self.run.gather_counts()
+            self.end()
+
+    def went_back_to(self, best: Sequence[Stage] | None) -> None:
+        """The weights are those of a checkpoint that tells of these stages."""
+        self._best = tuple(best) if best else None
+
+    def write(self, folder: str | Path, with_weights: bool = True) -> None:
+        """Beside the weights that training ended with."""
+        write_stages(folder, self.life(), with_weights)
 
     def _schedule(self) -> dict[str, Any] | None:
         run, last = self.run, self.beginning.last
@@ -200,17 +220,33 @@ class RunStage:
         run = self.run
         if run.plan is None:
             return [self._without_plan()]
+        realised, sources = run.realised(), {source.name: source for source in run.plan.sources}
+        views = [name for name, source in sources.items() if not source.replayed and name != "train"]
         found = []
-        for name, entry in run.realised().items():
-            source = next(source for source in run.plan.sources if source.name == name)
+        if views:
+            # What a plug-in made of the training data (behind metadata, say) is no text to replay as it stands.
+            found.append(
+                SeenSource(
+                    name=self.beginning.name,
+                    rows=_total([sources[name].num_rows for name in views]),
+                    **{
+                        what: _total([realised[name][what] for name in views])
+                        for what in ("samples", "tokens", "loss_tokens")
+                    },
+                    **{**self._origin("train", run.trainer.train_dataset), "place": None},
+                )
+            )
+        for name, source in sources.items():
+            if name in views:
+                continue
             found.append(
                 SeenSource(
                     name=self.beginning.name if name == "train" else name,
                     rows=source.num_rows,
-                    replayed=entry["replayed"],
-                    samples=entry["samples"],
-                    tokens=entry["tokens"],
-                    loss_tokens=entry["loss_tokens"],
+                    replayed=source.replayed,
+                    order=source.order,
+                    key=source.key or name,
+                    **{what: realised[name][what] for what in ("samples", "tokens", "loss_tokens")},
                     **self._origin(name, source.dataset),
                 )
             )
@@ -258,6 +294,15 @@ class RunStage:
         return self._looked_up[what]
 
 
+_LIVES: WeakKeyDictionary[Any, tuple[Stage, ...]] = WeakKeyDictionary()
+"""By model, what is known of its life: for a new stage with another trainer in the same process."""
+
+
+def life_of_model(model: Any) -> tuple[Stage, ...] | None:
+    """The stages that a model went through in this process; None if it was not trained in one."""
+    return _LIVES.get(model)
+
+
 def _base_of(model: Any) -> list[Stage]:
     """The model that a first stage began with, where it has a name: what was before is not known."""
     name = getattr(model, "name_or_path", None)
@@ -265,9 +310,13 @@ def _base_of(model: Any) -> list[Stage]:
         return []
     # Only now: from another working folder, runs/base looks like a name on the Hub.
     local = os.path.isdir(name)
+    return [Stage(0, "base", kind="unknown", base={"path": name, "revision": revision_of(model), "local": local})]
+
+
+def revision_of(model: Any) -> str | None:
+    """The commit of the Hub's repository that a model was loaded from."""
     commit = getattr(getattr(model, "config", None), "_commit_hash", None)
-    revision = commit if isinstance(commit, str) and not local else None
-    return [Stage(0, "base", kind="unknown", base={"path": name, "revision": revision, "local": local})]
+    return commit if isinstance(commit, str) and not os.path.isdir(str(model.name_or_path)) else None
 
 
 def _vocabulary(reader: Any) -> str | None:

@@ -2,7 +2,10 @@
 
 The file lies in `hf_pretrain_ext/` of every checkpoint and, once a stage has ended, in its `output_dir`:
 
-    {"format": 1, "stages": [...]}     from the first stage to the one that wrote the file; each is a `Stage`:
+    {"format": 1, "stages": [...]}     from the first stage to the one that wrote the file; each is a `Stage`.
+                                       `"weights": false` besides: it was written as training ended, and weights that
+                                       lie there may be older
+
 
     number, name, kind        0 for a base whose training is not known; "unknown", "stage" or "anneal"
     begun_by                  "train" or "continue_from"
@@ -48,6 +51,7 @@ __all__ = [
     "annealing",
     "check_name",
     "going_on",
+    "is_ahead",
     "life_of",
     "of_state",
     "rate_line",
@@ -72,7 +76,8 @@ class SeenSource:
 
     `name` is the stage's own for its training data. `samples` and `tokens` are what was really read (None: not
     known; `tokens_exact` tells counts from estimates), `fingerprint` is that of [`~hf_pretrain_ext.data.fingerprint`],
-    `hub` repository and revision, `place` the files it can be opened from again.
+    `hub` repository and revision, `place` the files it can be opened from again. `order` and `key` are those of the
+    plan's [`Source`], with which the stage's seed says which rows were read (None: there was no plan).
     """
 
     name: str
@@ -85,6 +90,8 @@ class SeenSource:
     loss_tokens: int | None = None
     hub: dict[str, str] | None = None
     place: dict[str, Any] | None = None
+    order: str | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -165,9 +172,10 @@ class Stage:
         held = self.schedule
         if held is None:
             return False
-        if held.get("identity") is None:
-            return self.rate is not None and bool(self.peak) and self.rate <= LOW * (self.peak or 0) * (1 + 1e-9)
-        return held.get("phase") in _DECAYS and held.get("next") is None
+        low = self.rate is not None and bool(self.peak) and self.rate <= LOW * (self.peak or 0) * (1 + 1e-2)
+        if held.get("identity") is None or held.get("phase") == "callable":
+            return low
+        return held.get("phase") in _DECAYS and (low or held.get("next") is None)
 
     @property
     def anneal_start(self) -> int | None:
@@ -270,15 +278,24 @@ class Beginning:
 # Files
 
 
-def stages_json(stages: Iterable[Stage]) -> dict[str, Any]:
+def stages_json(stages: Iterable[Stage], with_weights: bool = True) -> dict[str, Any]:
     """What `stages.json` holds."""
-    return without_home({"format": _FORMAT, "stages": [stage.to_json() for stage in stages]})
+    told = {} if with_weights else {"weights": False}
+    return without_home({"format": _FORMAT, **told, "stages": [stage.to_json() for stage in stages]})
 
 
-def write_stages(folder: str | Path, stages: Iterable[Stage]) -> None:
+def write_stages(folder: str | Path, stages: Iterable[Stage], with_weights: bool = True) -> None:
     """Writes `folder`/stages.json: afterwards there is the old file or the whole new one."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_json(Path(folder) / STAGES_NAME, stages_json(stages))
+    write_json(Path(folder) / STAGES_NAME, stages_json(stages, with_weights))
+
+
+def is_ahead(folder: str | Path, weights: Iterable[Path]) -> bool:
+    """Whether `folder`/stages.json tells of training after which none of `weights`, beside it, was saved."""
+    path = Path(folder) / STAGES_NAME
+    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")).get("weights") is not False:
+        return False
+    return all(each.stat().st_mtime_ns < path.stat().st_mtime_ns for each in weights)
 
 
 def read_stages(folder: str | Path) -> tuple[Stage, ...] | None:
@@ -428,7 +445,10 @@ def rate_line(began: Beginning, schedule: LRSchedule | None, host_rate: float, h
 
 @dataclass(frozen=True)
 class LifeSource:
-    """What a model's life has read of one source: `samples` and `tokens` are sums over stages (None: not known)."""
+    """What a model's life has read of one source: `samples` and `tokens` are sums over stages (None: not known).
+
+    `visits` holds order, key, seed and draws for each stage that read it, replays of its rows apart (None: not known).
+    """
 
     name: str
     rows: int | None
@@ -438,6 +458,7 @@ class LifeSource:
     samples: int | None
     tokens: int | float | None
     stages: tuple[str, ...]
+    visits: tuple[tuple[str, str, int, int], ...] | None = None
 
 
 def life_of(stages: Sequence[Stage]) -> dict[str, LifeSource]:
@@ -461,20 +482,29 @@ def life_of(stages: Sequence[Stage]) -> dict[str, LifeSource]:
         for source in stage.sources:
             if source.samples == 0:
                 continue
-            name = _known_name(found, source, stage, source.name in known)
-            before = found.get(name)
+            again = source.name in known
+            name = _known_name(found, source, stage, again)
+            before, visit = found.get(name), _visit(source, stage)
             if before is None:
                 where = (source.rows, source.fingerprint, source.place, source.hub)
-                found[name] = LifeSource(name, *where, source.samples, source.tokens, (stage.name,))
+                found[name] = LifeSource(name, *where, source.samples, source.tokens, (stage.name,), visit)
                 continue
             found[name] = dataclasses.replace(
                 before,
                 samples=_sum(before.samples, source.samples),
                 tokens=_sum(before.tokens, source.tokens),
-                place=before.place or (source.place if source.fingerprint == before.fingerprint else None),
+                # The newest place of the same rows: an older one may be gone.
+                place=(source.place if source.fingerprint == before.fingerprint else None) or before.place,
                 stages=(*before.stages, stage.name),
+                visits=before.visits if again else _sum(before.visits, visit),
             )
     return found
+
+
+def _visit(source: SeenSource, stage: Stage) -> tuple[tuple[str, str, int, int], ...] | None:
+    if None in (source.order, source.key, source.samples, stage.seed) or source.rows is None:
+        return None
+    return ((str(source.order), str(source.key), int(stage.seed or 0), int(source.samples or 0)),)
 
 
 def _known_name(found: Mapping[str, LifeSource], source: SeenSource, stage: Stage, replayed: bool) -> str:

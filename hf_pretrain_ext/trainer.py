@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -173,21 +174,26 @@ class PluginTrainerMixin(_Base):
         run.resume_from, skipped = self._resolve(resume_from_checkpoint)
         for line in skipped:
             run.say(line)
-        if run.resume_from is not None and run.stage.adopt(self._read_stages(run.resume_from)):
-            # In a new process, what was told of earlier stages is known from here on.
-            run.attach(_plugins(self))
-        if self.model_init is None:
-            wrapped = self._wrap_plugin_model(self.model)
-            if wrapped is not self.model:
-                self.model = self.model_wrapped = wrapped.to(self.args.device)
-        if run.plugins and not run.given_optimizer:
-            # The host would go on with the last train()'s optimizer, moments and all.
-            self.optimizer = None
+        run.stage.close()
+        kept = run.stage.kept()
         try:
+            if run.resume_from is not None and run.stage.adopt(self._read_stages(run.resume_from)):
+                # In a new process, what was told of earlier stages is known from here on.
+                run.attach(_plugins(self))
+            if self.model_init is None:
+                wrapped = self._wrap_plugin_model(self.model)
+                if wrapped is not self.model:
+                    self.model = self.model_wrapped = wrapped.to(self.args.device)
+            if not run.given_optimizer:
+                # The host would go on with the last train()'s optimizer, moments and all.
+                self.optimizer = None
             result = super().train(run.resume_from, *args, **kwargs)
             run.flush()
             return result
         except BaseException as error:
+            if not run.stage.trained:
+                # What did not begin is no stage: the next train() begins from what was before.
+                run.stage.restore(kept)
             if conductor := self._conductor():
                 conductor.session.interrupted(error)
             raise
@@ -438,7 +444,8 @@ class PluginTrainerMixin(_Base):
         run = getattr(self, "_plugin_run", None)
         if run is not None and run.stage.trained and not _internal_call:
             # The history goes where the weights go. Several ranks sum their counts only where all of them must be.
-            if run.active and run.ranks[1] == 1:
+            if run.ranks[1] == 1:
+                run.commit()
                 run.gather_counts()
             run.write_stages(output_dir or run.output_dir)
 
@@ -453,8 +460,14 @@ class PluginTrainerMixin(_Base):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.state.best_model_checkpoint is not None:
-            self._load_converted(self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        if best is not None:
+            self._load_converted(best)
+            try:
+                self._plugin_run.stage.went_back_to(self._read_stages(best))
+            except checkpoint.CheckpointError as error:
+                # Training is over, and its weights are worth more than their history.
+                self._plugin_run.say(f"warning: {error}", logging.WARNING)
 
     def _load_converted(self, folder: str) -> None:
         if _host.sharding(self) == "ddp":

@@ -43,7 +43,18 @@ def test_the_papers_own_run_comes_out() -> None:
     [
         ({"budget_tokens": 2e9}, 0.41e9, 4, "not more than 1B"),
         ({"budget_tokens": 100e9}, 20.5e9, 4, "not less than 10B"),
-        ({"budget_tokens": 20e9, "corpus_tokens": 3e9}, 16.4e9 / 6, 6, "nothing can be chosen"),
+        (
+            {"budget_tokens": 20e9, "corpus_tokens": 3e9},
+            16.4e9 / 6,
+            6,
+            "91% of it is read, in 6 passes, and only the worst 9%",
+        ),
+        (
+            {"budget_tokens": 20e9, "corpus_tokens": 3.28e9},
+            3.28e9,
+            5,
+            "100% of it is read, in 5 passes, and nothing can",
+        ),
         ({"budget_tokens": 20e9, "corpus_tokens": 1.5e9}, 16.4e9 / 11, 11, "11 passes are more than the 7"),
         ({"budget_tokens": 20e9, "corpus_tokens": 3e9, "epochs": 4}, 3e9, 4, "lasts for 5.5 passes, not for 4"),
         ({"budget_tokens": 20e9, "old_share": 0, "epochs": 2}, 10e9, 2, "not less than 10B"),

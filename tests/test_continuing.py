@@ -352,9 +352,12 @@ def test_what_earlier_stages_read_is_replayed(english: Path, tmp_path: Path) -> 
     continue_from(second, last(english), name="german").train()
     counts = {name: entry["samples"] for name, entry in second.plugin_run.realised().items()}
     assert counts == {"train": 18, "stage-1": 6}
-    # Really those rows, and not others of that name.
+    # Really those 24 rows of 40 that the first stage read, in the order in which it did.
+    first = extend(tiny.trainer(tmp_path / "as-one", infinite(), replay_of_nothing(), **SAVES)).plugin_run.build_plan()
     plan = second.plugin_run.plan
-    assert plan is not None and plan.sources[1].dataset["input_ids"][:] == tiny.rows(40)["input_ids"][:]
+    assert first is not None and plan is not None
+    read = first.draws(0, 24).row
+    assert plan.sources[1].dataset["input_ids"][:] == tiny.rows(40).select(read)["input_ids"][:]
     again = ReplayCallback(from_history=True, ratio=0.25)
     third = new_stage(tmp_path / "three", infinite(), again, data=tiny.rows(60, seed=30), max_steps=8)
     continue_from(third, str(tmp_path / "two" / "checkpoint-6"), name="code")
@@ -589,6 +592,7 @@ def lived(root: Path, monkeypatch: pytest.MonkeyPatch, stop: int | None, told: b
     stages = json.loads(Path("run-code/stages.json").read_text())["stages"]
     for stage in stages:
         assert stage.pop("dates").keys() == {"started", "saved"}
+        (stage["parent"] or {}).pop("folder", None)
         for source in stage["sources"]:
             source["place"] = None if source["place"] is None else Path(source["place"]["files"][0]).parent.name
     return final, stages
@@ -610,20 +614,23 @@ def test_a_life_that_was_interrupted_ends_the_same(
     assert tiny.same_weights(whole[0], final) and same_moments(whole[0], final)
     assert stages == whole[1]
     assert [stage["name"] for stage in stages] == ["stage-1", "german", "code"]
-    assert [source["place"] for source in stages[2]["sources"]] == ["rows-code", "rows-english", "rows-german"]
+    # What is replayed is the rows that were read, which are no file of their own.
+    assert [source["place"] for source in stages[2]["sources"]] == ["rows-code", None, None]
     assert tiny.history(whole[0])[:-1] == tiny.history(final)[:-1]
 
 
 def test_a_resume_after_another_base_is_refused(english: Path, tmp_path: Path) -> None:
     plugins = lambda: [infinite(), replay_of_nothing()]  # noqa: E731
-    continue_from(new_stage(tmp_path, *plugins(), **SAVES), last(english), name="german").train()
+    one, other = tmp_path / "one", tmp_path / "other"
+    continue_from(new_stage(one, *plugins(), **SAVES), last(english), name="german").train()
     with pytest.raises(ValueError, match="of the stage 'german', with whose checkpoints those of 'french' would mix"):
-        continue_from(new_stage(tmp_path, *plugins(), **SAVES), last(english), name="french")
-    trainer = continue_from(
-        new_stage(tmp_path, *plugins(), **SAVES), str(english / "run" / "checkpoint-4"), name="german"
-    )
+        continue_from(new_stage(one, *plugins(), **SAVES), last(english), name="french")
+    before = str(english / "run" / "checkpoint-4")
+    with pytest.raises(ValueError, match="of another stage 'german', begun otherwise, with whose checkpoints"):
+        continue_from(new_stage(one, *plugins(), **SAVES), before, name="german")
+    trainer = continue_from(new_stage(other, *plugins(), **SAVES), before, name="german")
     with pytest.raises(CheckpointError, match=r"stage\.earlier\[0\]\.steps: 6 → 4"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        trainer.train(resume_from_checkpoint=str(one / "checkpoint-4"))
 
 
 # What a stage can begin with

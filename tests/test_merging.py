@@ -290,6 +290,18 @@ def test_alpha_of_merged_task_vectors() -> None:
         merging.multi_task_alpha(vectors, {key: 0 * value for key, value in halved.items()})
 
 
+@pytest.mark.parametrize("weights", [[1e308, 1e308], [3e-308, 3e-308], [1e308, 1.0]])
+def test_weights_of_any_size_are_divided_by_their_sum(weights: list[float]) -> None:
+    by_hand = 2.0 if weights[0] == weights[1] else 1.0
+    assert merging.average_tensors([torch.ones(3), torch.full((3,), 3.0)], weights).tolist() == [by_hand] * 3
+
+
+def test_weights_that_are_next_to_nothing() -> None:
+    """Below the smallest normal number a quotient has few digits left, or none."""
+    with pytest.raises(ValueError, match="weights are divided by their sum, which must be above 0"):
+        merging.average_tensors([torch.ones(3)] * 2, [1e-320, 1e-320])
+
+
 # What comes with the weights
 
 

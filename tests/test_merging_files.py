@@ -261,6 +261,16 @@ def test_inputs_are_never_the_output(folders: dict[str, Path], tmp_path: Path) -
     merging.average([base, folders["adapted"]], output=base / "merged")
 
 
+def test_an_input_behind_a_link_is_never_the_output(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The link may be above the output, or above the input."""
+    base = copied(folders["base"], tmp_path / "real" / "base")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for given, output in ((base, tmp_path / "link" / "base"), (tmp_path / "link" / "base", base)):
+        with pytest.raises(MergeError, match=r"is, or holds, the input .*: name another folder"):
+            merging.average([given, folders["adapted"]], output=output, overwrite=True)
+    assert same_bits(state_of(base), state_of(folders["base"]))
+
+
 def test_an_output_that_is_no_folder(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
@@ -300,6 +310,14 @@ def test_broken_checkpoints_are_named(folders: dict[str, Path], tmp_path: Path) 
     index["weight_map"]["model.other.weight"] = "model-00001-of-00005.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(folder, r"index lists tensors that are not in the files it names: model.other.weight \(1 in all\)")
+    folder = copied(folders["instruct"], tmp_path / "x")
+    del index["weight_map"]["model.other.weight"], index["weight_map"]["model.norm.weight"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, r"its files hold tensors that its index does not list, .*: model.norm.weight \(1 in all\)")
+    folder = copied(folders["instruct"], tmp_path / "x")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "foo"}))
+    refused(folder, r"config.json holds what no config may \(.*hidden_size")
     folder = copied(folders["instruct"], tmp_path / "x")
     index["weight_map"]["model.other.weight"] = "../base/model.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -212,6 +212,12 @@ class Checkpoint:
         self._home = {key: file for file, opened in self.files.items() for key in opened.specs}
         if files != [_SINGLE]:
             listed = _weight_map(folder)
+            if unlisted := sorted(self._home.keys() - listed.keys()):
+                raise MergeError(
+                    f"{name}={source}: its files hold tensors that its index does not list, and that the host loads "
+                    f"all the same: {', '.join(unlisted[:5])} ({len(unlisted)} in all). Load the model and save it "
+                    "again with save_pretrained"
+                )
             astray = sorted(key for key, file in listed.items() if key not in self.files[file].specs)
             if astray:
                 raise MergeError(
@@ -245,10 +251,15 @@ class Checkpoint:
     @cached_property
     def full_config(self) -> dict[str, Any] | None:
         """The config with the host's defaults filled in; None for architectures that the host does not know."""
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         try:
             return dict(AutoConfig.from_pretrained(self.folder, trust_remote_code=False).to_dict())
+        except StrictDataclassError as error:
+            raise MergeError(
+                f"{self.name}={self.source}: its config.json holds what no config may ({reason(error, 200)})"
+            ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 

@@ -7,6 +7,7 @@ element of an input, that element is given as it is, bit for bit.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,10 +44,13 @@ def shares_of(weights: Sequence[float] | None, number: int) -> list[float]:
         raise ValueError(f"weights must be a list of finite numbers, one an input, or None, got {shown(weights)}")
     if len(weights) != number:
         raise ValueError(f"weights must be one an input: {number} inputs, {len(weights)} weights")
-    total = math.fsum(weights)
+    # Scaled first: the sum of the largest numbers there are is none, and that of the smallest has few digits.
+    largest = max(map(abs, weights), default=0.0)
+    scaled = [weight / largest for weight in weights] if largest >= sys.float_info.min else []
+    total = math.fsum(scaled)
     if total <= 0:
         raise ValueError(f"weights are divided by their sum, which must be above 0, got {shown(list(weights))}")
-    return [weight / total for weight in weights]
+    return [weight / total for weight in scaled]
 
 
 def lines_rates(number: int, alpha: float | None, beta: float | None) -> tuple[float, float]:

@@ -145,8 +145,10 @@ def check_output(output: Any, overwrite: bool, inputs: Iterable[Path]) -> Path:
         raise MergeError(f"output={output} is a file or a link: name a folder that is not there yet")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise MergeError(f"output={output} is not empty: name another folder, or set overwrite=True to replace it")
+    # A link may be anywhere on the way to either.
+    real = path.resolve()
     for folder in inputs:
-        if path in (folder.resolve(), *folder.resolve().parents):
+        if real in (folder.resolve(), *folder.resolve().parents):
             raise MergeError(f"output={output} is, or holds, the input {folder}: name another folder")
     return path
 

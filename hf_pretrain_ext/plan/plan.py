@@ -65,7 +65,7 @@ class Source:
     """Rows that a plan draws from.
 
     Args:
-        name (`str`): unique in the plan; with the plan's seed it keys the order of the rows.
+        name (`str`): unique in the plan.
         num_rows (`int` or `None`): 1 to 2^62; None for a stream, whose rows come as they come: row c is the c-th read.
         order (`str`): `"shuffled"` (a new keyed permutation every pass), `"original"` (rows in order, every pass), or
             `"host"` (the order of the Trainer's own random sampler: pass p is `torch.randperm` seeded with seed + p).
@@ -73,6 +73,7 @@ class Source:
         dataset: what the rows are read from; not part of the plan's identity.
         lengths (`NDArray`, *optional*): tokens of each row, shape `(num_rows,)`; needed where shares are in tokens.
         mean_tokens (`float`, *optional*): tokens of a mean row, for forecasts; taken from `lengths` where given.
+        key (`str`, *optional*): with the plan's seed, what `"shuffled"` rows are ordered by; defaults to the name.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Source:
     dataset: Any = dataclasses.field(default=None, compare=False, repr=False)
     lengths: NDArray[np.integer] | None = dataclasses.field(default=None, compare=False, repr=False)
     mean_tokens: float | None = dataclasses.field(default=None, compare=False)
+    key: str | None = None
 
     def __post_init__(self) -> None:
         if self.num_rows is not None and not 1 <= self.num_rows <= MAX_ROWS:
@@ -354,7 +356,13 @@ class SamplePlan:
             "epoch": self.epoch,
             "unit": self.unit,
             "sources": [
-                {"name": s.name, "num_rows": s.num_rows, "order": s.order, "replayed": s.replayed}
+                {
+                    "name": s.name,
+                    "num_rows": s.num_rows,
+                    "order": s.order,
+                    "replayed": s.replayed,
+                    **({} if s.key is None else {"key": s.key}),
+                }
                 for s in self.sources
             ],
             "segments": [{"start": s.start, "weights": list(s.weights)} for s in self.segments],
@@ -413,11 +421,7 @@ class SamplePlan:
 
     def _rows(self, k: int, number: NDArray[np.int64]) -> NDArray[np.int64]:
         source = self.sources[k]
-        if source.num_rows is None:
-            return number
-        if source.order == "original":
-            return number % source.num_rows
-        return self._orders[k].rows(number)
+        return number if source.num_rows is None else self._orders[k].rows(number)
 
     def _phase(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
         phase = np.zeros(len(index), dtype=np.uint8)
@@ -437,15 +441,7 @@ class SamplePlan:
 
     @cached_property
     def _orders(self) -> list[Any]:
-        orders: list[Any] = []
-        for source in self.sources:
-            if source.num_rows is None:
-                orders.append(None)
-            elif source.order == "host":
-                orders.append(_HostOrder(self.seed, source.num_rows))
-            else:
-                orders.append(PassOrder(derive_key(self.seed, "rows", source.name), source.num_rows))
-        return orders
+        return [None if source.num_rows is None else _order(source, self.seed) for source in self.sources]
 
     @cached_property
     def _mixture(self) -> SampleMixture | TokenMixture:
@@ -461,6 +457,36 @@ class SamplePlan:
         if lengths is None:
             raise ValueError(f"source {self.sources[k].name!r} has no lengths")
         return lengths[self._rows(k, numbers)]
+
+
+def first_rows(source: Source, seed: int, draws: int) -> NDArray[np.int64]:
+    """The rows that the first `draws` draws of a source give in a plan with that seed, one each, within one pass.
+
+    Example:
+
+    >>> first_rows(Source("train", 5, order="original"), seed=0, draws=3).tolist()
+    [0, 1, 2]
+    """
+    return np.asarray(_order(source, seed).rows(np.arange(min(draws, source.num_rows or draws), dtype=np.int64)))
+
+
+def _order(source: Source, seed: int) -> Any:
+    rows = source.num_rows or 1
+    if source.order == "original":
+        return _FileOrder(rows)
+    if source.order == "host":
+        return _HostOrder(seed, rows)
+    return PassOrder(derive_key(seed, "rows", source.key or source.name), rows)
+
+
+@dataclass(frozen=True)
+class _FileOrder:
+    """Rows as they come, every pass."""
+
+    n: int
+
+    def rows(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        return numbers % self.n
 
 
 class _HostOrder:

@@ -2500,6 +2500,11 @@ add(
         extending(lambda: BenchmarkCallback("letters", include_path=settings.LM_EVAL_TASKS)),
         "needs a tokenizer, and processing_class is NoneType. Build the Trainer with processing_class=tokenizer",
     ),
+    (
+        "pull beside updates in the backward pass",
+        extending(lambda: L2InitCallback(), optim="adalomo"),
+        "l2_init: optim='adalomo' updates the weights in the backward pass",
+    ),
     ("pull of nothing", extending(lambda: L2InitCallback(0)), "would change nothing with strength=0. Raise it"),
     (
         "teacher of nothing",

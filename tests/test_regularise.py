@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_distributed import launch, needs_deepspeed, start
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, TrainerCallback
+from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, Trainer, TrainerCallback
 
 from hf_pretrain_ext import PluginError, extend
 from hf_pretrain_ext.callbacks import GradNormLoRPCallback, L2InitCallback, ReptileCallback, SelfDistillationCallback
@@ -339,6 +340,31 @@ def test_at_the_start_the_distance_to_itself_is_nothing(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.found[name], gradient, rtol=0, atol=1e-6)
     first, *later = logged(trained, "distillation_kl")
     assert first == 0 and all(value > 0 for value in later) and len(later) == 5
+
+
+def test_a_given_optimizer_is_pulled_too(tmp_path: Path) -> None:
+    """Two train() calls against the equation by hand on a bare Trainer: θ₀ is where each of them began."""
+
+    class ByHand(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            self.begin = [param.detach().clone() for param in model.parameters()]
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            with torch.no_grad():
+                for param, start in zip(kwargs["model"].parameters(), self.begin, strict=True):
+                    param -= 0.05 * 4.0 * (param - start)
+
+    runs = []
+    for callback in (L2InitCallback(strength=4.0), ByHand()):
+        model = tiny.model()
+        given = functools.partial(Trainer, optimizers=(torch.optim.SGD(model.parameters(), lr=0.05), None))
+        trained = tiny.trainer(tmp_path, callback, cls=given, model=model, lr_scheduler_type="constant")
+        runs.append(extend(trained) if isinstance(callback, L2InitCallback) else trained)
+    for _ in range(2):
+        for trained in runs:
+            trained.train()
+        for name, weight in tiny.weights(runs[0]).items():
+            torch.testing.assert_close(weight, tiny.weights(runs[1])[name], rtol=0, atol=1e-6)
 
 
 def test_both_keep_the_model_nearer(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from hf_pretrain_ext.buffer import (
     to_table,
 )
 from hf_pretrain_ext.buffer.sampling import LARGEST_SHARE
-from hf_pretrain_ext.buffer.storage import below, read_manifest, schema_of
+from hf_pretrain_ext.buffer.storage import below, in_the_way, read_manifest, schema_of
 from hf_pretrain_ext.buffer.writer import Unfinished, chunk_bytes, rows_bytes
 from hf_pretrain_ext.loader import DrawnFeatures
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin, overrides
@@ -134,6 +134,11 @@ class BufferCallback(TrainerPlugin):
                 f"{where} lies in output_dir, which push_to_hub uploads: rows of the training data would be published",
                 "Keep it elsewhere, or in a folder whose name begins with '_', which pushes leave out.",
             )
+        fault = in_the_way(where)
+        if fault is None and where.resolve() == Path(setup.args.output_dir).resolve():
+            fault = f"folder={shown(os.fspath(where))} is output_dir, where the run's other files lie"
+        if fault is not None:
+            yield Problem(self.name, fault, "Pass another folder, a new or an empty one.")
         try:
             known = read_manifest(where)
         except ReplayBufferError as error:

@@ -2526,9 +2526,40 @@ add(
         "buffer.json cannot be read",
     ),
 )
+
+
+def elsewhere(act: Callable[[Path, Path], Act]) -> Prepare:
+    """`act` on a folder that holds a saved dataset."""
+
+    def prepare(folder: Path) -> Act:
+        old_rows().save_to_disk(folder / "saved")
+        return act(folder, folder / "saved")
+
+    return prepare
+
+
+IN_THE_WAY = (
+    "holds 'data-00000-of-00001.arrow' and no buffer.json: a new buffer would lie among files not its own. Pass"
+)
+
+add(
+    "datasets",
+    PluginError,
+    (
+        "buffer in a dataset's folder",
+        elsewhere(lambda folder, saved: partial(extend, tiny.trainer(folder / "output"), BufferCallback(saved))),
+        IN_THE_WAY,
+    ),
+    (
+        "buffer in output_dir",
+        lambda folder: partial(extend, tiny.trainer(folder / "output"), BufferCallback(folder / "output")),
+        "is output_dir, where the run's other files lie. Pass another folder",
+    ),
+)
 add(
     "datasets",
     ReplayBufferError,
+    ("writer in a dataset's folder", elsewhere(lambda _, saved: partial(BufferWriter, saved, "1 MiB")), IN_THE_WAY),
     ("no buffer there", lambda folder: partial(ReplayBuffer.open, folder), "holds no replay buffer (no buffer.json)"),
     ("buffer cut short", opening(cut_short), "bytes instead of"),
     (

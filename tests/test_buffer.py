@@ -512,6 +512,33 @@ def test_rows_that_are_too_long_are_counted_and_left_out(tmp_path: Path) -> None
         assert writer.manifest.too_long == 50 and writer.rows == 50 and writer.seen == 100
 
 
+def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    """A folder without a manifest that holds any is refused; beside a manifest, they stay."""
+    saved = Dataset.from_list([row(n, 3) for n in range(10)])
+    saved.save_to_disk(tmp_path / "dataset")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "dataset").iterdir()}
+    with pytest.raises(ReplayBufferError, match=r"holds 'data-00000-of-00001.arrow' and no buffer.json.*an empty one"):
+        BufferWriter(tmp_path / "dataset", 1 << 20)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "dataset").iterdir()} == before
+    fill(tmp_path / "buffer")
+    foreign = ("data-00000-of-00001.arrow", "chunk-1.arrow", "notes.hpe-part", "chunk.arrow.hpe-part")
+    ours = ("chunk-00009999.arrow", "buffer.json.hpe-part", "chunk-00000001.arrow.0a1b.hpe-part")
+    for name in foreign + ours:
+        (tmp_path / "buffer" / name).write_bytes(b"x")
+    fill(tmp_path / "buffer")
+    assert all((tmp_path / "buffer" / name).read_bytes() == b"x" for name in foreign)
+    assert not [name for name in ours if (tmp_path / "buffer" / name).exists()]
+
+
+def test_chunks_that_lost_their_manifest_are_not_thrown_away(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / storage.MANIFEST).unlink()
+    chunks = sorted(path.name for path in tmp_path.glob("*.arrow"))
+    with pytest.raises(ReplayBufferError, match=r"and no buffer\.json"):
+        fill(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.arrow")) == chunks
+
+
 @pytest.mark.parametrize("value", ["lots", 0, "10 kB", 1.5, True, None, "-1 GB", 1 << 62])
 def test_bytes_that_are_none(value: Any) -> None:
     with pytest.raises(ValueError, match="max_bytes must be a number of bytes"):

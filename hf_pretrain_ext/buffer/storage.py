@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ MANIFEST = "buffer.json"
 NUMBER = "hf_pretrain_ext_number"
 """Column of the row numbers in chunks."""
 PART = ".hpe-part"
+
+_CHUNK = r"chunk-\d{8,}\.arrow"
+_WRITTEN = re.compile(rf"(?:{_CHUNK}|{re.escape(MANIFEST)})(?:\.[0-9a-f]+)?{re.escape(PART)}")
 
 
 class ReplayBufferError(ValueError):
@@ -111,6 +115,25 @@ def schema_of(folder: Path, manifest: Manifest) -> pa.Schema | None:
         except (OSError, pa.ArrowException) as error:
             raise ReplayBufferError(f"{folder / chunk.file} cannot be read ({reason(error, 200)})") from error
     return None
+
+
+def chunk_name(serial: int) -> str:
+    return f"chunk-{serial:08d}.arrow"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of that name, which no manifest names, is what a commit that was killed left behind."""
+    return re.fullmatch(_CHUNK, name) is not None or _WRITTEN.fullmatch(name) is not None
+
+
+def in_the_way(folder: Path) -> str | None:
+    """Why a new buffer cannot be made in a folder: it holds files of others, hidden ones aside."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    # Before the first commit there is one chunk at most. More of them are a buffer that lost its manifest.
+    others = [name for name in names if name[0] != "." and name != chunk_name(0) and not _WRITTEN.fullmatch(name)]
+    if not others or MANIFEST in names:
+        return None
+    return f"{folder} holds {shown(others[0])} and no {MANIFEST}: a new buffer would lie among files not its own"
 
 
 def write_file(path: Path, content: Any) -> None:

@@ -21,14 +21,16 @@ from hf_pretrain_ext.buffer.sampling import LARGEST_SHARE, cut, parse_bytes, pri
 from hf_pretrain_ext.buffer.storage import (
     MANIFEST,
     NUMBER,
-    PART,
     Chunk,
     Manifest,
     ReplayBufferError,
     Stage,
     below,
     check_chunk,
+    chunk_name,
     digest,
+    in_the_way,
+    is_ours,
     numbers_of,
     read_chunk,
     read_manifest,
@@ -73,7 +75,8 @@ class BufferWriter:
 
     Raises:
         `ValueError`: a setting out of range.
-        [`ReplayBufferError`]: the folder is damaged, of another seed, or being written to by another process.
+        [`ReplayBufferError`]: the folder is damaged, of another seed, another's, or being written to by another
+            process.
 
     Example:
 
@@ -89,6 +92,8 @@ class BufferWriter:
         limit = parse_bytes(max_bytes)
         check_integers(seed=(seed, -(1 << 63), (1 << 63) - 1, False))
         self.folder = Path(folder)
+        if (fault := in_the_way(self.folder)) is not None:
+            raise ReplayBufferError(f"{fault}. Pass another folder, a new or an empty one")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._busy = threading.RLock()
         self._lock: int | None = None
@@ -141,7 +146,7 @@ class BufferWriter:
         """Removes what a commit that was killed left behind."""
         named = {chunk.file for chunk in self.manifest.chunks}
         for path in self.folder.iterdir():
-            if path.suffix == PART or (path.suffix == ".arrow" and path.name not in named):
+            if is_ours(path.name) and path.name not in named:
                 path.unlink()
 
     def _shrink(self) -> None:
@@ -421,7 +426,7 @@ class BufferWriter:
         with pa.ipc.new_stream(sink, table.schema) as stream:
             stream.write_table(table.combine_chunks())
         content = sink.getvalue()
-        chunk = Chunk(f"chunk-{serial:08d}.arrow", table.num_rows, content.size, digest(content))
+        chunk = Chunk(chunk_name(serial), table.num_rows, content.size, digest(content))
         with self._writing():
             write_file(self.folder / chunk.file, content)
         self.manifest = replace(self.manifest, serial=serial + 1)

@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,11 +26,12 @@ from hf_pretrain_ext.buffer.storage import (
     ReplayBufferError,
     Stage,
     below,
-    check_chunk,
+    check_hash,
     chunk_name,
     digest,
     in_the_way,
     is_ours,
+    map_chunk,
     numbers_of,
     read_chunk,
     read_manifest,
@@ -115,7 +116,7 @@ class BufferWriter:
             self._index: dict[str, _Index] = {}
             self._schema: pa.Schema | None = None
             for chunk in self.manifest.chunks:
-                check_chunk(self.folder, chunk, verify=True)
+                check_hash(self.folder, chunk, map_chunk(self.folder, chunk))
                 self._take_in(chunk, read_chunk(self.folder / chunk.file))
             self._shrink()
         except BaseException:
@@ -435,8 +436,20 @@ class BufferWriter:
 
     def _commit(self, manifest: Manifest) -> None:
         manifest = replace(manifest, serial=self.manifest.serial)
-        with self._writing():
-            write_file(self.folder / MANIFEST, manifest.to_json().encode())
+        try:
+            with self._writing():
+                write_file(self.folder / MANIFEST, manifest.to_json().encode())
+        except ReplayBufferError:
+            there = read_manifest(self.folder) == manifest
+            if there:
+                # Renamed, and not synced: readers find it from here on, and after a crash perhaps the one before.
+                self.manifest = manifest
+            for name in set(self._index) - {chunk.file for chunk in self.manifest.chunks}:
+                del self._index[name]
+                if not there:
+                    with suppress(OSError):
+                        (self.folder / name).unlink(missing_ok=True)
+            raise
         self.manifest = manifest
 
     def _remove(self, chunks: list[Chunk]) -> None:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -121,6 +122,13 @@ class BufferCallback(TrainerPlugin):
                 "Set per_device_train_batch_size.",
             )
         planned = any(overrides(plugin, "wrap_plan") for plugin in setup.plugins)
+        if setup.args.ignore_data_skip and data.is_map_style(setup.train_dataset) and not planned:
+            yield Problem(
+                self.name,
+                "ignore_data_skip=True begins an epoch anew where a run is resumed in it: rows that were seen would "
+                "be added again, in the place of others",
+                "Set it to False.",
+            )
         if data.is_stream(setup.train_dataset) and not planned and setup.args.world_size > 1:
             if setup.trainer.accelerator.dispatch_batches is not False:
                 yield Problem(
@@ -345,15 +353,26 @@ class BufferCallback(TrainerPlugin):
         rank, ranks = run.ranks
         size = _host.train_batch_size(run.trainer)
         repeated = run.plan is None and max(self._epochs, run.step // max(run.steps_per_epoch, 1)) > 0
+        dataset = run.trainer.train_dataset
+        rows = len(dataset) if data.is_map_style(dataset) else sys.maxsize
         self._coming, self._coming_step = [], run.step
         for number, batch in enumerate(batches):
             served = batch.pop(SERVED, None) if hasattr(batch, "pop") else None
-            if served is None or repeated:
+            if repeated:
                 continue
+            if served is None:
+                raise ReplayBufferError(
+                    "the batches of this Trainer are made by another collator than the one that plug-ins wrapped, so "
+                    "that none of its rows would be kept. Let its get_train_dataloader call "
+                    "super().get_train_dataloader() or take self.data_collator as collate_fn, or train without "
+                    "BufferCallback"
+                )
             if served.numbers is None:
                 # As the host deals them out: micro-batch after micro-batch, in each rank after rank.
                 first = run.step * run.global_batch + (number * ranks + rank) * size
-                served.numbers = np.arange(first, first + len(served.rows))
+                # Of several ranks, the host fills up the last batches of an epoch with the epoch's first rows.
+                new = max(0, min(len(served.rows), rows - first))
+                served = _Served(served.rows[:new], np.arange(first, first + new))
             self._coming.append(served)
 
     def _take_over(self) -> None:

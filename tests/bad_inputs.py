@@ -2488,6 +2488,11 @@ add(
         "a row of 48,008 bytes is more than 1/64 of the rows that max_bytes=1,048,576 has room for",
     ),
     (
+        "buffer of an epoch that begins again",
+        extending(BufferCallback, ignore_data_skip=True),
+        "buffer: ignore_data_skip=True begins an epoch anew where a run is resumed in it",
+    ),
+    (
         "task nobody knows",
         extending(
             lambda: BenchmarkCallback("letter", include_path=settings.LM_EVAL_TASKS),

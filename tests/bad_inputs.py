@@ -2432,6 +2432,12 @@ def opening(harm: Callable[[Path], Any]) -> Prepare:
     return prepare
 
 
+def distilling_on_two_gpus(folder: Path) -> Act:
+    trainer = tiny.trainer(folder / "output")
+    trainer.args._n_gpu = 2
+    return partial(extend, trainer, SelfDistillationCallback())
+
+
 def cut_short(folder: Path) -> None:
     chunk = next(folder.glob("*.arrow"))
     chunk.write_bytes(chunk.read_bytes()[:-1])
@@ -2516,6 +2522,7 @@ add(
         extending(lambda: SelfDistillationCallback(0)),
         "would change nothing with weight=0. Raise it, or pass allow_no_effect=True",
     ),
+    ("teacher of several GPUs", distilling_on_two_gpus, "self_distillation: 2 GPUs in one process split a batch"),
     (
         "teacher of another vocabulary",
         extending(lambda: SelfDistillationCallback(teacher=tiny.model(vocabulary=80))),

@@ -256,9 +256,11 @@ def without_adapter(model: Any) -> Iterator[Any]:
 
 def trained_beside_adapter(model: Any) -> list[str]:
     """Names of the parameters of a PEFT model that are trained and stay in force with its adapters off."""
+    prompts = getattr(model, "prompt_encoder", nn.Module())
+    own = {id(param) for param in prompts.parameters()}
     with without_adapter(model):
-        # PEFT freezes what it switches off: adapters, and modules that they train in the place of others.
-        return [name for name, param in model.named_parameters() if param.requires_grad]
+        # PEFT freezes what it switches off: adapters, and modules that they train in the place of others. Not prompts.
+        return [name for name, param in model.named_parameters() if param.requires_grad and id(param) not in own]
 
 
 def weights_digest(model: nn.Module | Mapping[str, Tensor], per_tensor: int = 4096) -> str:

@@ -15,7 +15,7 @@ import settings
 import tiny
 import torch
 from accelerate import dispatch_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_distributed import launch, needs_deepspeed, start
 from torch import nn
@@ -499,11 +499,16 @@ def saved_module() -> Any:
     )
 
 
+def prefixed() -> Any:
+    torch.manual_seed(1)
+    return get_peft_model(tiny.model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
 @pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers")
 @pytest.mark.parametrize(
     ("make", "copied"),
-    [(lambda: unfrozen(adapted()), True), (biased, True), (adapted, False), (saved_module, False)],
-    ids=["norms", "biases", "adapter", "module to save"],
+    [(lambda: unfrozen(adapted()), True), (biased, True), (adapted, False), (saved_module, False), (prefixed, False)],
+    ids=["norms", "biases", "adapter", "module to save", "prefix"],
 )
 def test_the_teacher_stays_where_it_was_whatever_is_trained(make: Any, copied: bool, tmp_path: Path) -> None:
     """The base as PEFT gives it before training, on rows, against what is distilled from after it."""

@@ -295,6 +295,16 @@ def test_an_optimizer_that_was_given_is_wrapped_anew_by_every_train(tmp_path: Pa
     assert isinstance(ours.optimizer.optimizer, torch.optim.SGD)
 
 
+def test_a_resume_with_an_optimizer_that_was_given(tmp_path: Path) -> None:
+    """Inside an interval: bit for bit."""
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    whole = extend(with_sgd(tmp_path, ReptileCallback(every=4, epsilon=0.25), **settings))
+    whole.train()
+    resumed = extend(with_sgd(tmp_path, ReptileCallback(every=4, epsilon=0.25), **settings))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert tiny.same_weights(resumed, whole)
+
+
 def test_a_trainer_that_trained_before_it_was_extended(tmp_path: Path) -> None:
     """The host goes on with the optimizer of the first train(); so does the wrapped one."""
     runs = [tiny.trainer(tmp_path / name) for name in ("ours", "hand")]

@@ -76,8 +76,8 @@ class BufferWriter:
 
     Raises:
         `ValueError`: a setting out of range.
-        [`ReplayBufferError`]: the folder is damaged, of another seed, another's, or being written to by another
-            process.
+        [`ReplayBufferError`]: the folder is damaged, of another seed, holds files of others and no buffer, or is
+            being written to by another process.
 
     Example:
 

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from hf_pretrain_ext.buffer import (
     to_table,
 )
 from hf_pretrain_ext.buffer.sampling import LARGEST_SHARE
-from hf_pretrain_ext.buffer.storage import below, read_manifest, schema_of
+from hf_pretrain_ext.buffer.storage import below, in_the_way, read_manifest, schema_of
 from hf_pretrain_ext.buffer.writer import Unfinished, chunk_bytes, rows_bytes
 from hf_pretrain_ext.loader import DrawnFeatures
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin, overrides
@@ -121,6 +122,13 @@ class BufferCallback(TrainerPlugin):
                 "Set per_device_train_batch_size.",
             )
         planned = any(overrides(plugin, "wrap_plan") for plugin in setup.plugins)
+        if setup.args.ignore_data_skip and data.is_map_style(setup.train_dataset) and not planned:
+            yield Problem(
+                self.name,
+                "ignore_data_skip=True begins an epoch anew where a run is resumed in it: rows that were seen would "
+                "be added again, in the place of others",
+                "Set it to False.",
+            )
         if data.is_stream(setup.train_dataset) and not planned and setup.args.world_size > 1:
             if setup.trainer.accelerator.dispatch_batches is not False:
                 yield Problem(
@@ -134,6 +142,11 @@ class BufferCallback(TrainerPlugin):
                 f"{where} lies in output_dir, which push_to_hub uploads: rows of the training data would be published",
                 "Keep it elsewhere, or in a folder whose name begins with '_', which pushes leave out.",
             )
+        fault = in_the_way(where)
+        if fault is None and where.resolve() == Path(setup.args.output_dir).resolve():
+            fault = f"folder={shown(os.fspath(where))} is output_dir, where the run's other files lie"
+        if fault is not None:
+            yield Problem(self.name, fault, "Pass another folder, a new or an empty one.")
         try:
             known = read_manifest(where)
         except ReplayBufferError as error:
@@ -340,15 +353,26 @@ class BufferCallback(TrainerPlugin):
         rank, ranks = run.ranks
         size = _host.train_batch_size(run.trainer)
         repeated = run.plan is None and max(self._epochs, run.step // max(run.steps_per_epoch, 1)) > 0
+        dataset = run.trainer.train_dataset
+        rows = len(dataset) if data.is_map_style(dataset) else sys.maxsize
         self._coming, self._coming_step = [], run.step
         for number, batch in enumerate(batches):
             served = batch.pop(SERVED, None) if hasattr(batch, "pop") else None
-            if served is None or repeated:
+            if repeated:
                 continue
+            if served is None:
+                raise ReplayBufferError(
+                    "the batches of this Trainer are made by another collator than the one that plug-ins wrapped, so "
+                    "that none of its rows would be kept. Let its get_train_dataloader call "
+                    "super().get_train_dataloader() or take self.data_collator as collate_fn, or train without "
+                    "BufferCallback"
+                )
             if served.numbers is None:
                 # As the host deals them out: micro-batch after micro-batch, in each rank after rank.
                 first = run.step * run.global_batch + (number * ranks + rank) * size
-                served.numbers = np.arange(first, first + len(served.rows))
+                # Of several ranks, the host fills up the last batches of an epoch with the epoch's first rows.
+                new = max(0, min(len(served.rows), rows - first))
+                served = _Served(served.rows[:new], np.arange(first, first + new))
             self._coming.append(served)
 
     def _take_over(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from hf_pretrain_ext.anchored import DEVICES
+from hf_pretrain_ext.anchored import DEVICES, check_holds
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
 from hf_pretrain_ext.regularise import L2Init, check_strength
 from hf_pretrain_ext.values import check_flag, shown
@@ -83,6 +83,7 @@ class L2InitCallback(TrainerPlugin):
         if self.strength == 0:
             return optimizer
         assert self.run is not None
+        check_holds(optimizer, self.run.model)
         seed = self.run.trainer.args.seed
         self._optimizer = L2Init(optimizer, strength=self.strength, seed=seed, anchor_device=self.anchor_device)
         return self._optimizer

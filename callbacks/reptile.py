@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from hf_pretrain_ext.anchored import check_holds
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
 from hf_pretrain_ext.reptile import DEVICES, Interpolation, Reptile, anchor_bytes, check_settings
 from hf_pretrain_ext.units import to_point, to_steps
@@ -115,6 +116,7 @@ class ReptileCallback(TrainerPlugin):
 
     def wrap_optimizer(self, optimizer: Any) -> Any:
         assert self.run is not None
+        check_holds(optimizer, self.run.model)
         in_tokens = "token" in str(self.every)
         every = self._steps(self.run.total_steps, self.run.tokens_per_step if in_tokens else None)
         wrapped = Reptile(optimizer, every=every, epsilon=self.epsilon, anchor_device=self.anchor_device)

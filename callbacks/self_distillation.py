@@ -18,6 +18,7 @@ from hf_pretrain_ext.regularise import (
     frozen_copy,
     kl_to_teacher,
     scored_positions,
+    trained_beside_adapter,
     weights_digest,
     without_adapter,
 )
@@ -41,8 +42,8 @@ class SelfDistillationCallback(TrainerPlugin):
     the language model's own loss is, over accumulated batches and ranks.
 
     The teacher is a copy of the model as the run begins, unless one is given. With a PEFT adapter it is the base with
-    the adapter off, and no copy is made. It is no part of the model: checkpoints do not hold it, and a resume needs
-    the model that the run began with, which is compared.
+    the adapter off, and no copy is made unless something beside the adapter is trained. It is no part of the model:
+    checkpoints do not hold it, and a resume needs the model that the run began with, which is compared.
 
     Lee et al. (2023) give the further-trained model as teacher and train the original again: that is `teacher=` a
     model already trained on this data, `match="features"`, and the original model in the Trainer. Theirs are encoders,
@@ -108,6 +109,13 @@ class SelfDistillationCallback(TrainerPlugin):
     def check(self, setup: Setup) -> Iterable[Problem]:
         if self.weight == 0 and not self.allow_no_effect:
             yield Problem(self.name, "would change nothing with weight=0", "Raise it, or pass allow_no_effect=True.")
+        if setup.args.n_gpu > 1:
+            yield Problem(
+                self.name,
+                f"{setup.args.n_gpu} GPUs in one process split a batch, and the distance would weigh too much beside "
+                "the mean of their losses",
+                "Start one process a GPU, with torchrun, or show this one a single GPU.",
+            )
         if _host.sharding(setup.trainer) in ("fsdp", "fsdp2", "zero3"):
             yield Problem(self.name, _SHARDED, "Train without it, or with DDP or ZeRO-2.")
         if getattr(setup.args, "use_liger_kernel", False) and self.match == "kl":
@@ -140,14 +148,22 @@ class SelfDistillationCallback(TrainerPlugin):
     def wrap_model(self, model: Any) -> Any:
         if self.weight == 0:
             return model
+        adapted = self.teacher is None and hasattr(model, "disable_adapter")
+        beside = trained_beside_adapter(model) if adapted else []
         with rng_guard():
-            if self.teacher is None and hasattr(model, "disable_adapter"):
+            if adapted and not beside:
                 self._model = None
             elif self.teacher is None:
                 self._model = frozen_copy(model)
             else:
                 self._model = self._given(model)
-        if self._model is not None:
+        if self._model is None:
+            self._digest = None
+        elif adapted:
+            # With the adapter off its weights say nothing; a new one may begin at random.
+            below = {name: p for name, p in model.named_parameters() if not p.requires_grad or name in beside}
+            self._digest = weights_digest(below)
+        else:
             self._digest = weights_digest(self._model)
         return model
 
@@ -188,7 +204,8 @@ class SelfDistillationCallback(TrainerPlugin):
         super().on_train_begin(args, state, control, **kwargs)
         if self.run is None or self.weight == 0:
             return
-        if self._model is not None:
+        # A copy of a model that is spread over devices lies as that does.
+        if self._model is not None and not self.run.trainer.accelerator.verify_device_map(self._model):
             self._model.to(self.run.device)
         teacher = self.run.model if self._model is None else self._model
         base = teacher.get_base_model() if hasattr(teacher, "get_base_model") else teacher
@@ -205,9 +222,9 @@ class SelfDistillationCallback(TrainerPlugin):
             given["use_cache"] = False
         if self.match == "features":
             given["output_hidden_states"] = True
-        bare = self.run.trainer.accelerator.unwrap_model(self.run.model)
-        copied = self._model is not None
-        asked: AbstractContextManager[Any] = nullcontext(self._model) if copied else without_adapter(bare)
+        whom = self.run.trainer.accelerator.unwrap_model(self.run.model) if self._model is None else self._model
+        adapted = self.teacher is None and hasattr(whom, "disable_adapter")
+        asked: AbstractContextManager[Any] = without_adapter(whom) if adapted else nullcontext(whom)
         with torch.no_grad(), asked as teacher:
             return teacher(**given)
 
@@ -253,11 +270,10 @@ class SelfDistillationCallback(TrainerPlugin):
             return summed / counted.clamp_min(1)
         # As the host does it with the loss: items are those of all ranks, whose gradients are averaged.
         args, trainer = run.trainer.args, run.trainer
-        ranks = run.ranks[1] if args.n_gpu <= 1 else args.n_gpu
         whole = args.average_tokens_across_devices and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func)
         # A step without one label has a distance of 0, and not 0/0.
         items = items.clamp_min(1) if isinstance(items, Tensor) else max(items, 1)
-        return summed / items * (ranks if whole else 1)
+        return summed / items * (run.ranks[1] if whole else 1)
 
     def _of(self, outputs: Any) -> Tensor:
         if self.match == "features":
@@ -291,4 +307,6 @@ class SelfDistillationCallback(TrainerPlugin):
         else:
             size = sum(p.numel() * p.element_size() for p in self._model.parameters())
             who = f"{'a copy of the model' if self.teacher is None else 'a model given'} of {size / 1e6:.2f} MB"
+            if self.teacher is None and hasattr(self._model, "disable_adapter"):
+                who += " with its adapter off"
         return [f"self_distillation: weight {self.weight:g} on {self.match}; the teacher is {who}"]

@@ -49,6 +49,7 @@ __all__ = [
     "has_own_scheduler",
     "log_is_due",
     "log_sums",
+    "optimizer_name",
     "output_vocabulary",
     "positions",
     "prepare_dataset",
@@ -58,6 +59,7 @@ __all__ = [
     "strip_columns",
     "split_over_ranks",
     "train_batch_size",
+    "updates_in_backward",
     "whole_stream",
 ]
 
@@ -123,6 +125,17 @@ def splits_batches_or_layers(trainer: Any) -> bool:
 def deepspeed_owns(trainer: Any, part: str) -> bool:
     """Whether the `"optimizer"` or the `"scheduler"` is made by DeepSpeed, from its own settings."""
     return trainer.is_deepspeed_enabled and part in trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+
+
+def optimizer_name(args: Any) -> str:
+    """`optim` as users write it."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def updates_in_backward(args: Any) -> bool:
+    """Whether the optimizer that the host makes of `optim` updates the weights in the backward pass."""
+    name = optimizer_name(args)
+    return name.endswith("_layerwise") or name in ("lomo", "adalomo")
 
 
 def has_own_scheduler(trainer: Any) -> bool:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from hf_pretrain_ext.values import shown
 
-__all__ = ["DEVICES", "Anchored", "total"]
+__all__ = ["DEVICES", "Anchored", "check_holds", "total"]
 
 DEVICES = ("weights", "cpu")
 
@@ -38,7 +38,8 @@ class Anchored(Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if anchor_device not in DEVICES:
             raise ValueError(f"anchor_device must be one of {DEVICES}, got {shown(anchor_device)}")
-        if getattr(optimizer, "updated_in_backward", False):
+        # `fused_backward` is that of LOMO and AdaLOMO.
+        if getattr(optimizer, "updated_in_backward", False) or hasattr(optimizer, "fused_backward"):
             raise ValueError(
                 "optimizer updates the weights in the backward pass, where θ₀ and the last gradient cannot be had. "
                 "Use its form that updates in step()"
@@ -143,6 +144,29 @@ class Anchored(Optimizer):
             for number, param in zip(numbers, params, strict=False)
             if number in anchors
         }
+
+
+def check_holds(optimizer: Optimizer, model: torch.nn.Module) -> None:
+    """
+    Raises:
+        `ValueError`: weights of `model` are trained that `optimizer` does not hold, and that nobody would hold back.
+
+    Example:
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> check_holds(torch.optim.SGD([model.weight], lr=0.1), model)
+    Traceback (most recent call last):
+    ValueError: the optimizer holds 1 of the 2 trained weights of the model, and not 'bias': ...
+    """
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    lacking = [name for name, param in trained.items() if id(param) not in held]
+    if lacking:
+        raise ValueError(
+            f"the optimizer holds {len(trained) - len(lacking)} of the {len(trained)} trained weights of the model, "
+            f"and not {lacking[0]!r}: those would be left out. Pass an optimizer of all of them that updates in "
+            "step(), or freeze the others with requires_grad_(False)"
+        )
 
 
 def total(values: torch.Tensor) -> float:

@@ -119,7 +119,8 @@ def list_problems(plugins: Sequence[TrainerPlugin]) -> list[Problem]:
 def _host_problems(setup: Setup) -> list[Problem]:
     problems = []
     trainer, args = setup.trainer, setup.args
-    names = {method: _owner_names(setup.plugins, method) for method in ("schedule", "optimizer", "wrap_plan")}
+    hooks = ("schedule", "optimizer", "wrap_optimizer", "wrap_plan")
+    names = {method: _owner_names(setup.plugins, method) for method in hooks}
     if names["schedule"] and _host.has_own_scheduler(trainer):
         problems.append(
             Problem(
@@ -133,7 +134,17 @@ def _host_problems(setup: Setup) -> list[Problem]:
             Problem(
                 names["optimizer"],
                 "the Trainer was built with its own optimizer, which would win",
-                "Build the Trainer without `optimizers`.",
+                "Build the Trainer without `optimizers`, or set trainer.optimizer = None if a train() left it there.",
+            )
+        )
+    made_by_host = not names["optimizer"] and not setup.given_optimizer
+    if names["wrap_optimizer"] and made_by_host and _host.updates_in_backward(args):
+        problems.append(
+            Problem(
+                names["wrap_optimizer"],
+                f"optim={_host.optimizer_name(args)!r} updates the weights in the backward pass, before any step that "
+                "could be wrapped: it would change nothing",
+                "Choose one that updates in step(), such as optim='adamw_torch'.",
             )
         )
     if setup.plugins and args.auto_find_batch_size:

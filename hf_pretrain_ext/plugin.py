@@ -10,7 +10,7 @@ A plug-in overrides what it needs and nothing else; what it overrides is what it
     wrap_plan(plan, setup)    the sample plan: which row of which source is sample i
     wrap_collator(collator)   the collator; its features carry `features.draws` when a plan is in force
     optimizer(model, args)    the optimizer (one owner)
-    wrap_optimizer(optimizer) the optimizer that came out
+    wrap_optimizer(optimizer) the optimizer that came out, or that the Trainer was given
     schedule(args, steps)     the learning rate as a function of the step (one owner)
     wrap_loss(compute_loss)   `compute_loss(model, inputs, return_outputs, num_items_in_batch)`
     see_batches(batches)      the micro-batches of the step about to be made, before the model has them

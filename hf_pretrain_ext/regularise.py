@@ -27,12 +27,14 @@ __all__ = [
     "frozen_copy",
     "kl_to_teacher",
     "scored_positions",
+    "trained_beside_adapter",
     "weights_digest",
     "without_adapter",
 ]
 
 ANCHOR = "l2_init_anchor"
 STEPS = "l2_init_steps"
+_MOVERS = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
 CHUNK = 1024
 """Positions whose probabilities are worked out at a time."""
 
@@ -227,6 +229,10 @@ def feature_distance(features: Tensor, teacher_features: Tensor, positions: Tens
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` as it is now, in evaluation mode, that takes no gradients."""
     made = copy.deepcopy(model)
+    for module in made.modules():
+        for name in _MOVERS:
+            # accelerate puts functions of that name on a model that it spreads: copied, they move the original.
+            vars(module).pop(name, None)
     made.requires_grad_(False)
     return made.eval()
 
@@ -235,6 +241,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def without_adapter(model: Any) -> Iterator[Any]:
     """The base of a PEFT model: adapters off, in evaluation mode; afterwards all is as it was."""
     modes = [(module, module.training) for module in model.modules()]
+    trained = [(param, param.requires_grad) for param in model.parameters()]
     model.eval()
     try:
         with model.disable_adapter():
@@ -242,6 +249,18 @@ def without_adapter(model: Any) -> Iterator[Any]:
     finally:
         for module, training in modes:
             module.training = training
+        for param, kept in trained:
+            # PEFT makes all of an adapter trainable as it switches it on again.
+            param.requires_grad = kept
+
+
+def trained_beside_adapter(model: Any) -> list[str]:
+    """Names of the parameters of a PEFT model that are trained and stay in force with its adapters off."""
+    prompts = getattr(model, "prompt_encoder", nn.Module())
+    own = {id(param) for param in prompts.parameters()}
+    with without_adapter(model):
+        # PEFT freezes what it switches off: adapters, and modules that they train in the place of others. Not prompts.
+        return [name for name, param in model.named_parameters() if param.requires_grad and id(param) not in own]
 
 
 def weights_digest(model: nn.Module | Mapping[str, Tensor], per_tensor: int = 4096) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -135,6 +136,8 @@ class PluginTrainerMixin(_Base):
     """The token of the push that is under way; empty for the one that is logged in."""
     _kept_card: str | None = None
     """The card of before that push, where it is more than a draft of the host's."""
+    _given: tuple[Any, Any] | None = None
+    """An optimizer that the Trainer was given, as plug-ins wrapped it and as it came."""
 
     def __init__(self, *args: Any, plan: PlanConfig | None = None, on_nonfinite: Action = "report", **kwargs: Any):
         _check_plan_config(plan)
@@ -322,14 +325,21 @@ class PluginTrainerMixin(_Base):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         run = self._plugin_run
+        wrapping = run.with_hook("wrap_optimizer")
         if self.optimizer is None:
             owner = run.owner("optimizer")
             if owner is not None:
                 self.optimizer = owner.optimizer(args[0] if args and args[0] is not None else self.model, self.args)
             else:
                 super().create_optimizer(*args, **kwargs)
-            for plugin in run.with_hook("wrap_optimizer"):
+            for plugin in wrapping:
                 self.optimizer = plugin.wrap_optimizer(self.optimizer)
+        elif run.given_optimizer and (wrapping or self._given is not None):
+            there = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+            # A second train() finds it as the first one wrapped it, with what that kept of its beginning.
+            bare = self._given[1] if self._given is not None and there is self._given[0] else there
+            self.optimizer = functools.reduce(lambda made, plugin: plugin.wrap_optimizer(made), wrapping, bare)
+            self._given = (self.optimizer, bare) if wrapping else None
         if run.active and run.stage.fill is not None and run.resume_from is None:
             run.stage.fill(self.optimizer)
         return self.optimizer

@@ -2432,6 +2432,12 @@ def opening(harm: Callable[[Path], Any]) -> Prepare:
     return prepare
 
 
+def distilling_on_two_gpus(folder: Path) -> Act:
+    trainer = tiny.trainer(folder / "output")
+    trainer.args._n_gpu = 2
+    return partial(extend, trainer, SelfDistillationCallback())
+
+
 def cut_short(folder: Path) -> None:
     chunk = next(folder.glob("*.arrow"))
     chunk.write_bytes(chunk.read_bytes()[:-1])
@@ -2488,6 +2494,11 @@ add(
         "a row of 48,008 bytes is more than 1/64 of the rows that max_bytes=1,048,576 has room for",
     ),
     (
+        "buffer of an epoch that begins again",
+        extending(BufferCallback, ignore_data_skip=True),
+        "buffer: ignore_data_skip=True begins an epoch anew where a run is resumed in it",
+    ),
+    (
         "task nobody knows",
         extending(
             lambda: BenchmarkCallback("letter", include_path=settings.LM_EVAL_TASKS),
@@ -2500,12 +2511,18 @@ add(
         extending(lambda: BenchmarkCallback("letters", include_path=settings.LM_EVAL_TASKS)),
         "needs a tokenizer, and processing_class is NoneType. Build the Trainer with processing_class=tokenizer",
     ),
+    (
+        "pull beside updates in the backward pass",
+        extending(lambda: L2InitCallback(), optim="adalomo"),
+        "l2_init: optim='adalomo' updates the weights in the backward pass",
+    ),
     ("pull of nothing", extending(lambda: L2InitCallback(0)), "would change nothing with strength=0. Raise it"),
     (
         "teacher of nothing",
         extending(lambda: SelfDistillationCallback(0)),
         "would change nothing with weight=0. Raise it, or pass allow_no_effect=True",
     ),
+    ("teacher of several GPUs", distilling_on_two_gpus, "self_distillation: 2 GPUs in one process split a batch"),
     (
         "teacher of another vocabulary",
         extending(lambda: SelfDistillationCallback(teacher=tiny.model(vocabulary=80))),
@@ -2521,9 +2538,40 @@ add(
         "buffer.json cannot be read",
     ),
 )
+
+
+def elsewhere(act: Callable[[Path, Path], Act]) -> Prepare:
+    """`act` on a folder that holds a saved dataset."""
+
+    def prepare(folder: Path) -> Act:
+        old_rows().save_to_disk(folder / "saved")
+        return act(folder, folder / "saved")
+
+    return prepare
+
+
+IN_THE_WAY = (
+    "holds 'data-00000-of-00001.arrow' and no buffer.json: a new buffer would lie among files not its own. Pass"
+)
+
+add(
+    "datasets",
+    PluginError,
+    (
+        "buffer in a dataset's folder",
+        elsewhere(lambda folder, saved: partial(extend, tiny.trainer(folder / "output"), BufferCallback(saved))),
+        IN_THE_WAY,
+    ),
+    (
+        "buffer in output_dir",
+        lambda folder: partial(extend, tiny.trainer(folder / "output"), BufferCallback(folder / "output")),
+        "is output_dir, where the run's other files lie. Pass another folder",
+    ),
+)
 add(
     "datasets",
     ReplayBufferError,
+    ("writer in a dataset's folder", elsewhere(lambda _, saved: partial(BufferWriter, saved, "1 MiB")), IN_THE_WAY),
     ("no buffer there", lambda folder: partial(ReplayBuffer.open, folder), "holds no replay buffer (no buffer.json)"),
     ("buffer cut short", opening(cut_short), "bytes instead of"),
     (

@@ -426,6 +426,112 @@ def test_a_copy_stays_as_it_is(tmp_path: Path) -> None:
         ReplayBuffer.open(tmp_path / "other").copy(tmp_path / "copy")
 
 
+def test_several_processes_make_one_copy(tmp_path: Path) -> None:
+    """Three at once, eight times: each has the rows, from one copy, and nothing is left beside it."""
+    fill(tmp_path / "buffer")
+    script = f"""
+import sys
+from hf_pretrain_ext.buffer import ReplayBuffer
+buffer = ReplayBuffer.open({str(tmp_path / "buffer")!r})
+for number in range(8):
+    sys.stdin.read(1)
+    print(len(buffer.copy(f"{tmp_path}/copies/{{number}}").dataset()), flush=True)
+"""
+    command = [sys.executable, "-c", script]
+    ranks = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    rows = len(ReplayBuffer.open(tmp_path / "buffer"))
+    for _ in range(8):
+        for rank in ranks:
+            assert rank.stdin is not None
+            rank.stdin.write("x")
+            rank.stdin.flush()
+        for rank in ranks:
+            assert rank.stdout is not None and rank.stdout.readline() == f"{rows}\n"
+    assert [rank.wait() for rank in ranks] == [0, 0, 0]
+    assert sorted(path.name for path in (tmp_path / "copies").iterdir()) == [str(number) for number in range(8)]
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_who_is_slower_opens_the_copy_of_who_was_faster(
+    linked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process puts its copy in place after the first file, the middle one, the last."""
+    fill(tmp_path / "buffer")
+    buffer = ReplayBuffer.open(tmp_path / "buffer")
+    real = storage._link
+    for number in (0, len(buffer.manifest.chunks) // 2, len(buffer.manifest.chunks) - 1):
+        done = itertools.count()
+
+        def link(source: Path, target: Path, number: int = number, done: Any = done) -> None:
+            real(source, target)
+            if next(done) == number:
+                buffer.copy(tmp_path / f"copy-{number}")
+
+        monkeypatch.setattr(storage, "_link", link)
+        if not linked:
+            monkeypatch.setattr(os, "link", lambda *_: os.stat(tmp_path / "no hard links"))
+        assert buffer.copy(tmp_path / f"copy-{number}").dataset()[:] == buffer.dataset()[:]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_copy_of_a_buffer_that_changes_meanwhile(tmp_path: Path) -> None:
+    """Its files are gone: the copy is of what was committed since. Lost altogether, they are named."""
+    fill(tmp_path / "buffer")
+    stale = ReplayBuffer.open(tmp_path / "buffer")
+    with BufferWriter(tmp_path / "buffer", 1 << 20, seed=5) as writer:
+        writer.add([row(n, 400) for n in range(150, 2000)])
+    now = ReplayBuffer.open(tmp_path / "buffer")
+    assert not (tmp_path / "buffer" / stale.manifest.chunks[0].file).exists()
+    assert stale.copy(tmp_path / "copy").dataset()[:] == now.dataset()[:]
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {
+        storage.MANIFEST,
+        *(chunk.file for chunk in now.manifest.chunks),
+    }
+    (tmp_path / "buffer" / now.manifest.chunks[-1].file).unlink()
+    with pytest.raises(ReplayBufferError, match=r"is missing: the replay buffer is damaged"):
+        now.copy(tmp_path / "another")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(ReplayBufferError, match=r"could not be copied to .*full .*a new or an empty one"):
+        ReplayBuffer.open(tmp_path / "copy").copy(tmp_path / "full")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["buffer", "copy", "full"]
+
+
+@pytest.mark.parametrize(("commits", "fits"), [(1, True), (5, True), (storage.TRIES, False)])
+def test_opened_while_a_run_writes(commits: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run commits between the manifest and the files, as often as said, and while hashes are taken."""
+    writer = BufferWriter(tmp_path, 1 << 20)
+    writer.add([row(n, 60) for n in range(200)])
+    left, read, digest = commits, storage.read_manifest, storage.digest
+
+    def commit() -> None:
+        # It replaces the last chunk.
+        writer.add([row(writer.through, 60)])
+
+    def reading(folder: Path) -> Any:
+        nonlocal left
+        found = read(folder)
+        if left:
+            left -= 1
+            commit()
+        return found
+
+    def hashing(content: Any) -> str:
+        monkeypatch.setattr(storage, "digest", digest)
+        commit()
+        return digest(content)
+
+    monkeypatch.setattr(storage, "read_manifest", reading)
+    monkeypatch.setattr(storage, "digest", hashing)
+    if fits:
+        assert 200 + commits - 1 <= len(ReplayBuffer.open(tmp_path)) <= 200 + commits
+    else:
+        left = 2 * commits
+        with pytest.raises(ReplayBufferError, match=r"is being written to, and changed 100 times"):
+            ReplayBuffer.open(tmp_path)
+    writer.close()
+
+
 def test_a_smaller_limit_cuts_and_a_larger_one_brings_nothing_back(tmp_path: Path) -> None:
     lengths = [300] * 4000
     with BufferWriter(tmp_path, 4 << 20) as writer:
@@ -512,6 +618,33 @@ def test_rows_that_are_too_long_are_counted_and_left_out(tmp_path: Path) -> None
         assert writer.manifest.too_long == 50 and writer.rows == 50 and writer.seen == 100
 
 
+def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    """A folder without a manifest that holds any is refused; beside a manifest, they stay."""
+    saved = Dataset.from_list([row(n, 3) for n in range(10)])
+    saved.save_to_disk(tmp_path / "dataset")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "dataset").iterdir()}
+    with pytest.raises(ReplayBufferError, match=r"holds 'data-00000-of-00001.arrow' and no buffer.json.*an empty one"):
+        BufferWriter(tmp_path / "dataset", 1 << 20)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "dataset").iterdir()} == before
+    fill(tmp_path / "buffer")
+    foreign = ("data-00000-of-00001.arrow", "chunk-1.arrow", "notes.hpe-part", "chunk.arrow.hpe-part")
+    ours = ("chunk-00009999.arrow", "buffer.json.hpe-part", "chunk-00000001.arrow.0a1b.hpe-part")
+    for name in foreign + ours:
+        (tmp_path / "buffer" / name).write_bytes(b"x")
+    fill(tmp_path / "buffer")
+    assert all((tmp_path / "buffer" / name).read_bytes() == b"x" for name in foreign)
+    assert not [name for name in ours if (tmp_path / "buffer" / name).exists()]
+
+
+def test_chunks_that_lost_their_manifest_are_not_thrown_away(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / storage.MANIFEST).unlink()
+    chunks = sorted(path.name for path in tmp_path.glob("*.arrow"))
+    with pytest.raises(ReplayBufferError, match=r"and no buffer\.json"):
+        fill(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.arrow")) == chunks
+
+
 @pytest.mark.parametrize("value", ["lots", 0, "10 kB", 1.5, True, None, "-1 GB", 1 << 62])
 def test_bytes_that_are_none(value: Any) -> None:
     with pytest.raises(ValueError, match="max_bytes must be a number of bytes"):
@@ -541,6 +674,39 @@ def test_a_disk_that_is_full_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
             writer.add([row(1, 3)])
     monkeypatch.undo()
     assert len(ReplayBuffer.open(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("renamed", [False, True], ids=["not there", "not synced"])
+def test_a_writer_goes_on_after_a_commit_that_failed(
+    renamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once at every manifest of a run; the caller tries the same rows again, and what is there is the reference."""
+    real, manifests = storage.write_file, itertools.count()
+
+    def failing(path: Path, content: Any) -> None:
+        if path.name == storage.MANIFEST and next(manifests) % 2 == 0:
+            if renamed:
+                real(path, content)
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr("hf_pretrain_ext.buffer.writer.write_file", failing)
+    failed = 0
+    with BufferWriter(tmp_path, 1 << 20, seed=5) as writer:
+        for start in range(0, len(LENGTHS), 25):
+            numbers = range(start, start + 25)
+            while writer.through < numbers.stop:
+                try:
+                    writer.add([row(n, LENGTHS[n]) for n in numbers], numbers)
+                except ReplayBufferError:
+                    failed += 1
+                there = ReplayBuffer.open(tmp_path) if (tmp_path / storage.MANIFEST).exists() else None
+                assert writer.rows == (0 if there is None else len(there))
+                chunks = {chunk.file for chunk in there.manifest.chunks} if there is not None else set()
+                assert renamed or {path.name for path in tmp_path.glob("*.arrow")} == chunks
+    assert failed > 6
+    expected = reference(5, [bytes_of(length) for length in LENGTHS], (1 << 20) * 2 // 3)
+    assert ReplayBuffer.open(tmp_path).numbers.tolist() == expected and there is not None and there.seen == 150
 
 
 def test_nothing_written_is_pickled(tmp_path: Path) -> None:

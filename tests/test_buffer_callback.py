@@ -14,14 +14,18 @@ import test_buffer
 import tiny
 import torch
 import transformers
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
 from test_distributed import WHERE, launch
+from torch.utils.data import BatchSampler, DataLoader
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 from hf_pretrain_ext import PluginError, extend
 from hf_pretrain_ext.buffer import BufferWriter, ReplayBuffer, ReplayBufferError
+from hf_pretrain_ext.buffer.sampling import NO_BOUND
 from hf_pretrain_ext.callbacks import BufferCallback, ForgettingCallback, ReplayCallback
+from hf_pretrain_ext.callbacks.buffer import SERVED, _Served
 from hf_pretrain_ext.kill_test import compare_runs, kill_until_done
 
 MIB = 1 << 20
@@ -312,6 +316,62 @@ def test_a_collator_without_dicts_is_named(tmp_path: Path) -> None:
     trainer = extend(tiny.trainer(tmp_path, BufferCallback(max_bytes=MIB), data_collator=lambda rows: (rows,)))
     with pytest.raises(TypeError, match="batches are dicts, got tuple"):
         trainer.train()
+
+
+@pytest.mark.parametrize("collate", ["its own", "the Trainer's"])
+def test_a_loader_of_the_users_own(collate: str, tmp_path: Path) -> None:
+    """By a collator that nobody wrapped it ends at the first step; with self.data_collator all rows are kept."""
+
+    class Own(Trainer):
+        def get_train_dataloader(self) -> Any:
+            made = default_data_collator if collate == "its own" else self.data_collator
+            return self.accelerator.prepare(DataLoader(self.train_dataset, batch_size=4, collate_fn=made))
+
+    trainer = extend(tiny.trainer(tmp_path, BufferCallback(max_bytes=MIB), cls=Own))
+    if collate == "its own":
+        with pytest.raises(ReplayBufferError, match=r"none of its rows would be kept. Let its get_train_dataloader"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+    else:
+        trainer.train()
+        assert kept(tmp_path) == tiny.rows(40)["input_ids"][:24]
+
+
+@pytest.mark.parametrize("number", [10, 13, 16, 17])
+def test_rows_that_fill_up_the_last_batch_of_an_epoch_are_not_new(number: int, tmp_path: Path) -> None:
+    """Two ranks in the host's order: the rows that accelerate deals to them, of an epoch and a half, each once."""
+    batches = BatchSampler(range(number), 4, drop_last=False)
+    dealt = [list(BatchSamplerShard(batches, 2, rank)) for rank in (0, 1)]
+    found: dict[int, int] = {}
+    for rank in (0, 1):
+        plugin = BufferCallback(tmp_path, max_bytes=MIB)
+        run = SimpleNamespace(
+            ranks=(rank, 2),
+            trainer=SimpleNamespace(_train_batch_size=4, train_dataset=tiny.rows(number)),
+            plan=None,
+            step=0,
+            steps_per_epoch=len(dealt[0]),
+            global_batch=8,
+        )
+        plugin.run, plugin._bound, plugin._epochs = run, NO_BOUND, 0  # type: ignore[assignment]  # what is looked at
+        for batch in (dealt[rank] * 2)[: 3 * len(dealt[0]) // 2]:
+            plugin.see_batches([{SERVED: _Served([{"row": row} for row in batch], None)}])
+            run.step += 1
+            plugin._take_over()
+        for served in plugin._pending:
+            assert served.numbers is not None
+            for at, row in zip(served.numbers.tolist(), served.rows, strict=True):
+                assert at not in found
+                found[at] = row["row"]
+    assert found == {row: row for row in range(number)}
+
+
+def test_a_resume_that_begins_the_epoch_again_is_refused(tmp_path: Path) -> None:
+    """With a plan, or a stream of rows that are new, it may."""
+    with pytest.raises(PluginError, match="ignore_data_skip=True begins an epoch anew"):
+        extend(tiny.trainer(tmp_path, BufferCallback(), ignore_data_skip=True))
+    extend(tiny.trainer(tmp_path, BufferCallback(), ReplayCallback(tiny.rows(9, seed=9)), ignore_data_skip=True))
+    extend(tiny.trainer(tmp_path, BufferCallback(), data=stream(), ignore_data_skip=True))
 
 
 def test_the_reader_of_a_random_collator_is_found(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,23 @@ from typing import Any
 import bitsandbytes
 import distributed_worker
 import pytest
+import settings
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from accelerate import dispatch_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_distributed import launch, needs_deepspeed, start
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, TrainerCallback
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+)
 
 from hf_pretrain_ext import PluginError, extend
 from hf_pretrain_ext.callbacks import GradNormLoRPCallback, L2InitCallback, ReptileCallback, SelfDistillationCallback
@@ -341,6 +352,31 @@ def test_at_the_start_the_distance_to_itself_is_nothing(tmp_path: Path) -> None:
     assert first == 0 and all(value > 0 for value in later) and len(later) == 5
 
 
+def test_a_given_optimizer_is_pulled_too(tmp_path: Path) -> None:
+    """Two train() calls against the equation by hand on a bare Trainer: θ₀ is where each of them began."""
+
+    class ByHand(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            self.begin = [param.detach().clone() for param in model.parameters()]
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            with torch.no_grad():
+                for param, start in zip(kwargs["model"].parameters(), self.begin, strict=True):
+                    param -= 0.05 * 4.0 * (param - start)
+
+    runs = []
+    for callback in (L2InitCallback(strength=4.0), ByHand()):
+        model = tiny.model()
+        given = functools.partial(Trainer, optimizers=(torch.optim.SGD(model.parameters(), lr=0.05), None))
+        trained = tiny.trainer(tmp_path, callback, cls=given, model=model, lr_scheduler_type="constant")
+        runs.append(extend(trained) if isinstance(callback, L2InitCallback) else trained)
+    for _ in range(2):
+        for trained in runs:
+            trained.train()
+        for name, weight in tiny.weights(runs[0]).items():
+            torch.testing.assert_close(weight, tiny.weights(runs[1])[name], rtol=0, atol=1e-6)
+
+
 def test_both_keep_the_model_nearer(tmp_path: Path) -> None:
     """Each ends nearer to the first model, by its own measure on the rows trained on, than training without."""
 
@@ -443,9 +479,112 @@ def test_with_an_adapter_the_teacher_is_the_base_and_no_copy(tmp_path: Path) -> 
     assert logged(runs[0], "distillation_kl")[-1] > 0
 
 
+def unfrozen(model: Any) -> Any:
+    for name, param in model.named_parameters():
+        param.requires_grad_(param.requires_grad or "norm" in name)
+    return model
+
+
+def biased() -> Any:
+    """A model with a bias, and an adapter that trains all of them."""
+    torch.manual_seed(1)
+    config = LlamaConfig(**{**tiny.model().config.to_dict(), "attention_bias": True})
+    return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj"], bias="all"))
+
+
+def saved_module() -> Any:
+    torch.manual_seed(1)
+    return get_peft_model(
+        tiny.model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, modules_to_save=["norm"])
+    )
+
+
+def prefixed() -> Any:
+    torch.manual_seed(1)
+    return get_peft_model(tiny.model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers")
+@pytest.mark.parametrize(
+    ("make", "copied"),
+    [(lambda: unfrozen(adapted()), True), (biased, True), (adapted, False), (saved_module, False), (prefixed, False)],
+    ids=["norms", "biases", "adapter", "module to save", "prefix"],
+)
+def test_the_teacher_stays_where_it_was_whatever_is_trained(make: Any, copied: bool, tmp_path: Path) -> None:
+    """The base as PEFT gives it before training, on rows, against what is distilled from after it."""
+    ids = torch.tensor(tiny.rows(4)["input_ids"])
+    with torch.no_grad(), (first := make().eval()).disable_adapter():
+        expected = first(input_ids=ids).logits
+    trained = extend(tiny.trainer(tmp_path, plugin := SelfDistillationCallback(), model=make()))
+    trained.train()
+    assert (plugin._model is not None) == copied
+    plugin.run = trained.plugin_run
+    torch.testing.assert_close(plugin._asked({"input_ids": ids}).logits, expected, rtol=0, atol=1e-6)
+    with torch.no_grad(), trained.model.eval().disable_adapter():
+        moved = float((trained.model(input_ids=ids).logits - expected).abs().max())
+    assert moved > 1e-3 if copied else moved < 1e-6
+
+
+def test_beside_meta_tokens_the_adapters_base_is_copied(tmp_path: Path) -> None:
+    """The meta parts are trained, and those of the teacher stay; the trained adapter has no part in it."""
+    plugin = SelfDistillationCallback(weight=2.0)
+    plugins = [plugin, settings.meta_tokens()]
+    trained = extend(tiny.trainer(tmp_path, *plugins, **settings.adapted()))
+
+    class Asks(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            ids[0, 5] = 64
+            said.append(plugin._asked({"input_ids": ids}).logits)
+
+    ids, said = torch.arange(1, 17)[None], []
+    trained.add_callback(Asks())
+    trained.train()
+    assert plugin._model is not None and len(said) == 6
+    assert all(torch.equal(logits, said[0]) for logits in said)
+
+
+def test_a_new_adapter_that_begins_at_random_may_resume(tmp_path: Path) -> None:
+    """Its weights have no part in the teacher; those of the base have."""
+
+    def made(seed: int, base: int = 0) -> Any:
+        model = tiny.model(seed=base)
+        torch.manual_seed(seed)
+        return unfrozen(get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")))
+
+    steps = {"save_strategy": "steps", "save_steps": 3}
+    extend(tiny.trainer(tmp_path, SelfDistillationCallback(), model=made(1), **steps)).train()
+    checkpoint = str(tmp_path / "checkpoint-3")
+    extend(tiny.trainer(tmp_path, SelfDistillationCallback(), model=made(2), **steps)).train(checkpoint)
+    with pytest.raises(ValueError, match=r"other weights here|is not the one that this run began with"):
+        extend(tiny.trainer(tmp_path, SelfDistillationCallback(), model=made(1, base=4))).train(checkpoint)
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
+    """The count is set by hand, as no such machine is needed to refuse it."""
+    trainer = tiny.trainer(tmp_path, SelfDistillationCallback())
+    trainer.args._n_gpu = 2
+    with pytest.raises(PluginError, match=r"2 GPUs in one process split a batch, .*Start one process a GPU"):
+        extend(trainer)
+
+
+def test_a_copy_of_a_dispatched_model_moves_alone() -> None:
+    """accelerate puts a `to` on the model that moves that very model."""
+    model = dispatch_model(tiny.model(), {"": "cpu"}, force_hooks=True)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits.double()
+    made = frozen_copy(model).to(torch.float64)
+    assert {param.dtype for param in model.parameters()} == {torch.float32}
+    assert {param.dtype for param in made.parameters()} == {torch.float64}
+    torch.testing.assert_close(made(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_without_adapter_puts_everything_back() -> None:
     model = adapted(dropout=0.5).train()
     model.base_model.model.lm_head.eval()
+    for name, param in model.named_parameters():
+        param.requires_grad_("lora_B" in name or "norm" in name)
+    trained = [name for name, param in model.named_parameters() if param.requires_grad]
     modes = {name: module.training for name, module in model.named_modules()}
     nn.init.ones_(next(p for n, p in model.named_parameters() if "lora_B" in n))
     ids = torch.tensor([[1, 2, 3]])
@@ -453,6 +592,7 @@ def test_without_adapter_puts_everything_back() -> None:
         expected = tiny.model().eval()(input_ids=ids).logits
         assert torch.equal(base(input_ids=ids).logits, expected)
     assert {name: module.training for name, module in model.named_modules()} == modes
+    assert [name for name, param in model.named_parameters() if param.requires_grad] == trained
     with torch.no_grad():
         assert not torch.equal(model.eval()(input_ids=ids).logits, expected)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers import Trainer, TrainerCallback
 
 from hf_pretrain_ext import PluginError, extend
-from hf_pretrain_ext.callbacks import GradNormLoRPCallback, ReplayCallback, ReptileCallback
+from hf_pretrain_ext.callbacks import GradNormLoRPCallback, L2InitCallback, ReplayCallback, ReptileCallback
 from hf_pretrain_ext.reptile import ANCHOR, Reptile, anchor_bytes
 
 
@@ -242,27 +244,106 @@ def test_state_of_a_bare_optimizer_begins_an_interval() -> None:
 # In a Trainer
 
 
-def test_in_a_trainer_it_is_the_equation(tmp_path: Path) -> None:
-    """Against a bare Trainer whose weights a callback interpolates by hand."""
-    from transformers import TrainerCallback
+class ByHand(TrainerCallback):
+    """Interpolates the weights of a bare Trainer, a quarter of the way kept."""
 
-    class ByHand(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def __init__(self, every: int = 2):
+        self.every = every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.begin = [param.detach().clone() for param in model.parameters()]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:
+            with torch.no_grad():
+                for param, start in zip(model.parameters(), self.begin, strict=True):
+                    param.copy_(start + 0.25 * (param - start))
             self.begin = [param.detach().clone() for param in model.parameters()]
 
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if state.global_step % 2 == 0:
-                with torch.no_grad():
-                    for param, start in zip(model.parameters(), self.begin, strict=True):
-                        param.copy_(start + 0.25 * (param - start))
-                self.begin = [param.detach().clone() for param in model.parameters()]
 
+def test_in_a_trainer_it_is_the_equation(tmp_path: Path) -> None:
+    """Against a bare Trainer whose weights a callback interpolates by hand."""
     ours = extend(tiny.trainer(tmp_path / "ours", ReptileCallback(every=2, epsilon=0.25)))
     ours.train()
     by_hand = tiny.trainer(tmp_path / "hand", ByHand())
     by_hand.train()
     for name, weight in tiny.weights(ours).items():
         torch.testing.assert_close(weight, tiny.weights(by_hand)[name], rtol=0, atol=1e-6)
+
+
+def with_sgd(folder: Path, *callbacks: Any, **settings: Any) -> Trainer:
+    """A Trainer that was given its optimizer."""
+    model = tiny.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return tiny.trainer(
+        folder, *callbacks, cls=partial(Trainer, optimizers=(optimizer, None)), model=model, **settings
+    )
+
+
+def test_an_optimizer_that_was_given_is_wrapped_anew_by_every_train(tmp_path: Path) -> None:
+    """Two train() calls, as by hand: an interval begins with each; without the plug-in the optimizer is bare again."""
+    ours = extend(with_sgd(tmp_path / "ours", plugin := ReptileCallback(every=4, epsilon=0.25)))
+    by_hand = with_sgd(tmp_path / "hand", callback := ByHand(every=4))
+    for last in (False, False, True):
+        if last:
+            ours.remove_callback(plugin)
+            by_hand.remove_callback(callback)
+        ours.train()
+        by_hand.train()
+        for name, weight in tiny.weights(ours).items():
+            torch.testing.assert_close(weight, tiny.weights(by_hand)[name], rtol=0, atol=1e-6)
+    assert isinstance(ours.optimizer.optimizer, torch.optim.SGD)
+
+
+def test_a_resume_with_an_optimizer_that_was_given(tmp_path: Path) -> None:
+    """Inside an interval: bit for bit."""
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    whole = extend(with_sgd(tmp_path, ReptileCallback(every=4, epsilon=0.25), **settings))
+    whole.train()
+    resumed = extend(with_sgd(tmp_path, ReptileCallback(every=4, epsilon=0.25), **settings))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert tiny.same_weights(resumed, whole)
+
+
+def test_a_trainer_that_trained_before_it_was_extended(tmp_path: Path) -> None:
+    """The host goes on with the optimizer of the first train(); so does the wrapped one."""
+    runs = [tiny.trainer(tmp_path / name) for name in ("ours", "hand")]
+    for trained in runs:
+        trained.train()
+    extend(runs[0], ReptileCallback(every=4, epsilon=0.25)).train()
+    runs[1].add_callback(ByHand(every=4))
+    runs[1].train()
+    for name, weight in tiny.weights(runs[0]).items():
+        torch.testing.assert_close(weight, tiny.weights(runs[1])[name], rtol=0, atol=1e-6)
+    assert isinstance(runs[0].optimizer.optimizer, Reptile)
+
+
+def test_an_optimizer_of_some_weights_is_refused(tmp_path: Path) -> None:
+    model = tiny.model()
+    some = torch.optim.SGD(model.lm_head.parameters(), lr=0.1)
+    trainer = tiny.trainer(tmp_path, cls=partial(Trainer, optimizers=(some, None)), model=model)
+    with pytest.raises(ValueError, match=r"holds 1 of the 20 trained weights of the model, and not 'model.layers.0"):
+        extend(trainer, ReptileCallback(every=2)).train()
+
+
+def test_updates_in_the_backward_pass_are_no_steps() -> None:
+    class Lomo(torch.optim.SGD):
+        """By the method that LOMO's optimizers have besides `step`."""
+
+        def fused_backward(self, loss: Any, rate: float) -> None: ...
+
+    with pytest.raises(ValueError, match="updates the weights in the backward pass"):
+        Reptile(Lomo(network().parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "apollo_adamw_layerwise", "lomo", "adalomo"])
+@pytest.mark.parametrize("make", [lambda: ReptileCallback(every=2), L2InitCallback], ids=["reptile", "l2_init"])
+def test_layer_wise_optimizers_of_the_host_are_refused(make: Any, optim: str, tmp_path: Path) -> None:
+    """Unless they are not made: where the Trainer was given another."""
+    targets = {} if "lomo" in optim else {"optim_target_modules": "all-linear"}
+    with pytest.raises(PluginError, match=f"optim='{optim}' updates the weights in the backward pass"):
+        extend(tiny.trainer(tmp_path, make(), optim=optim, **targets))
+    extend(with_sgd(tmp_path, make(), optim=optim))
 
 
 def test_what_is_logged(tmp_path: Path) -> None:

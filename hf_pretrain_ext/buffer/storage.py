@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, replace
+import re
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +32,11 @@ MANIFEST = "buffer.json"
 NUMBER = "hf_pretrain_ext_number"
 """Column of the row numbers in chunks."""
 PART = ".hpe-part"
+TRIES = 100
+"""How often a reader looks for a state whose files are all there, while a run goes on writing."""
+
+_CHUNK = r"chunk-\d{8,}\.arrow"
+_WRITTEN = re.compile(rf"(?:{_CHUNK}|{re.escape(MANIFEST)})(?:\.[0-9a-f]+)?{re.escape(PART)}")
 
 
 class ReplayBufferError(ValueError):
@@ -113,14 +123,38 @@ def schema_of(folder: Path, manifest: Manifest) -> pa.Schema | None:
     return None
 
 
+def chunk_name(serial: int) -> str:
+    return f"chunk-{serial:08d}.arrow"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of that name, which no manifest names, is what a commit that was killed left behind."""
+    return re.fullmatch(_CHUNK, name) is not None or _WRITTEN.fullmatch(name) is not None
+
+
+def in_the_way(folder: Path) -> str | None:
+    """Why a new buffer cannot be made in a folder: it holds files of others, hidden ones aside."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    # Before the first commit there is one chunk at most. More of them are a buffer that lost its manifest.
+    others = [name for name in names if name[0] != "." and name != chunk_name(0) and not _WRITTEN.fullmatch(name)]
+    if not others or MANIFEST in names:
+        return None
+    return f"{folder} holds {shown(others[0])} and no {MANIFEST}: a new buffer would lie among files not its own"
+
+
 def write_file(path: Path, content: Any) -> None:
-    """Under a temporary name, synced and renamed: afterwards there is the old file or the whole new one."""
-    part = path.with_name(path.name + PART)
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    """Under a temporary name of its own, synced and renamed: afterwards there is the old file or the whole new one."""
+    part = path.with_name(f"{path.name}.{uuid4().hex}{PART}")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
@@ -144,24 +178,37 @@ def read_chunk(path: Path) -> pa.Table:
         return reader.read_all()
 
 
-def check_chunk(folder: Path, chunk: Chunk, verify: bool) -> None:
+def map_chunk(folder: Path, chunk: Chunk) -> pa.Buffer:
     """
+    The bytes of a chunk, which stay what they are when its file is removed.
+
     Raises:
-        [`ReplayBufferError`]: the file is not the one that was written.
+        [`ReplayBufferError`]: there is no such file, or it has another size.
     """
     path = folder / chunk.file
-    fault = None
-    if not path.is_file():
-        fault = "is missing"
-    elif path.stat().st_size != chunk.size:
-        fault = f"has {path.stat().st_size} bytes instead of {chunk.size}"
-    elif verify:
+    try:
+        size = path.stat().st_size
+        if size != chunk.size:
+            raise _damaged(path, f"has {size} bytes instead of {chunk.size}")
         with pa.memory_map(str(path)) as source:
-            fault = None if digest(source.read_buffer()) == chunk.xxh3_128 else "was altered (its hash differs)"
-    if fault is not None:
-        raise ReplayBufferError(
-            f"{path} {fault}: the replay buffer is damaged. Take the folder from a backup, or use another one"
-        )
+            return source.read_buffer()
+    except FileNotFoundError as error:
+        raise _damaged(path, "is missing") from error
+
+
+def check_hash(folder: Path, chunk: Chunk, content: pa.Buffer) -> None:
+    """
+    Raises:
+        [`ReplayBufferError`]: the content of the file is not the one that was written.
+    """
+    if digest(content) != chunk.xxh3_128:
+        raise _damaged(folder / chunk.file, "was altered (its hash differs)")
+
+
+def _damaged(path: Path, fault: str) -> ReplayBufferError:
+    return ReplayBufferError(
+        f"{path} {fault}: the replay buffer is damaged. Take the folder from a backup, or use another one"
+    )
 
 
 def numbers_of(table: pa.Table) -> NDArray[np.int64]:
@@ -190,13 +237,14 @@ class ReplayBuffer:
     [4, 0]
     """
 
-    def __init__(self, folder: Path, manifest: Manifest):
+    def __init__(self, folder: Path, manifest: Manifest, contents: Sequence[pa.Buffer]):
         self.folder, self.manifest = folder, manifest
         self._kept: list[NDArray[np.int64]] = []
         self._numbers: list[NDArray[np.int64]] = []
         self.nbytes = 0
-        for chunk in manifest.chunks:
-            table = read_chunk(folder / chunk.file)
+        for content in contents:
+            with pa.ipc.open_stream(content) as reader:
+                table = reader.read_all()
             numbers = numbers_of(table)
             kept = np.flatnonzero(below(priorities(manifest.seed, numbers), manifest.bound))
             self._kept.append(kept)
@@ -216,7 +264,7 @@ class ReplayBuffer:
             [`ReplayBufferError`]: there is no buffer, or files are missing, cut short or altered.
         """
         where = Path(folder)
-        for last in (False, True):
+        for _ in range(TRIES):
             manifest = read_manifest(where)
             if manifest is None:
                 raise ReplayBufferError(
@@ -224,14 +272,20 @@ class ReplayBuffer:
                     "BufferCallback or BufferWriter"
                 )
             try:
-                for chunk in manifest.chunks:
-                    check_chunk(where, chunk, verify)
-                return cls(where, manifest)
-            except (ReplayBufferError, OSError):
-                # A writer may have put others in the place of these files since the manifest was read.
-                if last or read_manifest(where) == manifest:
+                contents = [map_chunk(where, chunk) for chunk in manifest.chunks]
+            except ReplayBufferError:
+                if read_manifest(where) == manifest:
                     raise
-        raise AssertionError("not reached")
+                # A writer put others in the place of these files since the manifest was read.
+                continue
+            if verify:
+                for chunk, content in zip(manifest.chunks, contents, strict=True):
+                    check_hash(where, chunk, content)
+            return cls(where, manifest, contents)
+        raise ReplayBufferError(
+            f"{where} is being written to, and changed {TRIES} times while it was opened. Open it again, or when the "
+            "run that writes to it is over"
+        )
 
     @property
     def seen(self) -> int:
@@ -278,33 +332,87 @@ class ReplayBuffer:
         A stage that replays from a buffer and adds to it replays from a copy. Where `folder` holds one already, that
         one is opened: a resume finds the rows that its run began with.
 
+        Several processes may ask for the same copy at once: one of them makes it. Where a run went on writing since
+        this buffer was opened, and its files are gone, the copy is of what was committed last.
+
         Raises:
-            [`ReplayBufferError`]: `folder` holds a buffer of another seed, or is this one.
+            [`ReplayBufferError`]: `folder` holds a buffer of another seed or other files, cannot be written, or is
+                this one.
         """
         where = Path(folder)
         if where.resolve() == self.folder.resolve():
             raise ReplayBufferError(
                 f"folder must be another one than the buffer's own, got {shown(os.fspath(folder))}"
             )
-        there = read_manifest(where)
-        if there is not None:
-            if there.seed != self.manifest.seed:
-                raise ReplayBufferError(
-                    f"{where} holds a copy of another buffer (seed {there.seed}, not {self.manifest.seed}): use "
-                    "another folder"
-                )
-            return ReplayBuffer.open(where)
-        where.mkdir(parents=True, exist_ok=True)
-        for chunk in self.manifest.chunks:
-            target = where / chunk.file
-            target.unlink(missing_ok=True)
-            try:
-                os.link(self.folder / chunk.file, target)
-            except OSError:
-                write_file(target, (self.folder / chunk.file).read_bytes())
-        sync_folder(where)
-        write_file(where / MANIFEST, replace(self.manifest).to_json().encode())
+        there = read_manifest(where) or self._copy_to(where)
+        if there.seed != self.manifest.seed:
+            raise ReplayBufferError(
+                f"{where} holds a copy of another buffer (seed {there.seed}, not {self.manifest.seed}): use "
+                "another folder"
+            )
         return ReplayBuffer.open(where)
+
+    def _copy_to(self, where: Path) -> Manifest:
+        """A copy made beside its place and put there in one stroke; returns the manifest of the one that is there."""
+        home = where.resolve()
+        part = home.with_name(f".{home.name}.{uuid4().hex}{PART}")
+        try:
+            part.mkdir(parents=True)
+            manifest = self._fill(part)
+            os.rename(part, home)
+            sync_folder(home.parent)
+        except OSError as error:
+            faster = read_manifest(where)
+            if faster is None:
+                raise ReplayBufferError(
+                    f"{self.folder} could not be copied to {where} ({type(error).__name__}: {error}). Pass a folder "
+                    "that can be written, a new or an empty one"
+                ) from error
+            return faster
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        # Of copies that were killed; one that is under way finds this one in its place.
+        for left in home.parent.iterdir():
+            if re.fullmatch(rf"\.{re.escape(home.name)}\.[0-9a-f]{{32}}{re.escape(PART)}", left.name):
+                shutil.rmtree(left, ignore_errors=True)
+        return manifest
+
+    def _fill(self, part: Path) -> Manifest:
+        """Files and manifest of a copy, of the last state whose files are there."""
+        manifest = self.manifest
+        for _ in range(TRIES):
+            try:
+                for chunk in manifest.chunks:
+                    _link(self.folder / chunk.file, part / chunk.file)
+                break
+            except FileNotFoundError as error:
+                newer = read_manifest(self.folder) if part.is_dir() else None
+                if newer is None:
+                    raise
+                if newer == manifest:
+                    raise _damaged(Path(error.filename), "is missing") from error
+                manifest = newer
+        else:
+            raise ReplayBufferError(
+                f"{self.folder} is being written to, and changed {TRIES} times while it was copied. Copy it again, or "
+                "when the run that writes to it is over"
+            )
+        named = {chunk.file for chunk in manifest.chunks}
+        for path in part.iterdir():
+            if path.name not in named:
+                path.unlink()
+        write_file(part / MANIFEST, manifest.to_json().encode())
+        return manifest
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link where the disk has them, else a copy."""
+    if target.exists():
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        write_file(target, source.read_bytes())
 
 
 def below(words: NDArray[np.uint64], bound: int) -> NDArray[np.bool_]:

@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,14 +21,17 @@ from hf_pretrain_ext.buffer.sampling import LARGEST_SHARE, cut, parse_bytes, pri
 from hf_pretrain_ext.buffer.storage import (
     MANIFEST,
     NUMBER,
-    PART,
     Chunk,
     Manifest,
     ReplayBufferError,
     Stage,
     below,
-    check_chunk,
+    check_hash,
+    chunk_name,
     digest,
+    in_the_way,
+    is_ours,
+    map_chunk,
     numbers_of,
     read_chunk,
     read_manifest,
@@ -73,7 +76,8 @@ class BufferWriter:
 
     Raises:
         `ValueError`: a setting out of range.
-        [`ReplayBufferError`]: the folder is damaged, of another seed, or being written to by another process.
+        [`ReplayBufferError`]: the folder is damaged, of another seed, holds files of others and no buffer, or is
+            being written to by another process.
 
     Example:
 
@@ -89,6 +93,8 @@ class BufferWriter:
         limit = parse_bytes(max_bytes)
         check_integers(seed=(seed, -(1 << 63), (1 << 63) - 1, False))
         self.folder = Path(folder)
+        if (fault := in_the_way(self.folder)) is not None:
+            raise ReplayBufferError(f"{fault}. Pass another folder, a new or an empty one")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._busy = threading.RLock()
         self._lock: int | None = None
@@ -110,7 +116,7 @@ class BufferWriter:
             self._index: dict[str, _Index] = {}
             self._schema: pa.Schema | None = None
             for chunk in self.manifest.chunks:
-                check_chunk(self.folder, chunk, verify=True)
+                check_hash(self.folder, chunk, map_chunk(self.folder, chunk))
                 self._take_in(chunk, read_chunk(self.folder / chunk.file))
             self._shrink()
         except BaseException:
@@ -141,7 +147,7 @@ class BufferWriter:
         """Removes what a commit that was killed left behind."""
         named = {chunk.file for chunk in self.manifest.chunks}
         for path in self.folder.iterdir():
-            if path.suffix == PART or (path.suffix == ".arrow" and path.name not in named):
+            if is_ours(path.name) and path.name not in named:
                 path.unlink()
 
     def _shrink(self) -> None:
@@ -421,7 +427,7 @@ class BufferWriter:
         with pa.ipc.new_stream(sink, table.schema) as stream:
             stream.write_table(table.combine_chunks())
         content = sink.getvalue()
-        chunk = Chunk(f"chunk-{serial:08d}.arrow", table.num_rows, content.size, digest(content))
+        chunk = Chunk(chunk_name(serial), table.num_rows, content.size, digest(content))
         with self._writing():
             write_file(self.folder / chunk.file, content)
         self.manifest = replace(self.manifest, serial=serial + 1)
@@ -430,8 +436,20 @@ class BufferWriter:
 
     def _commit(self, manifest: Manifest) -> None:
         manifest = replace(manifest, serial=self.manifest.serial)
-        with self._writing():
-            write_file(self.folder / MANIFEST, manifest.to_json().encode())
+        try:
+            with self._writing():
+                write_file(self.folder / MANIFEST, manifest.to_json().encode())
+        except ReplayBufferError:
+            there = read_manifest(self.folder) == manifest
+            if there:
+                # Renamed, and not synced: readers find it from here on, and after a crash perhaps the one before.
+                self.manifest = manifest
+            for name in set(self._index) - {chunk.file for chunk in self.manifest.chunks}:
+                del self._index[name]
+                if not there:
+                    with suppress(OSError):
+                        (self.folder / name).unlink(missing_ok=True)
+            raise
         self.manifest = manifest
 
     def _remove(self, chunks: list[Chunk]) -> None:

@@ -44,13 +44,21 @@ def shares_of(weights: Sequence[float] | None, number: int) -> list[float]:
         raise ValueError(f"weights must be a list of finite numbers, one an input, or None, got {shown(weights)}")
     if len(weights) != number:
         raise ValueError(f"weights must be one an input: {number} inputs, {len(weights)} weights")
-    # Scaled first: the sum of the largest numbers there are is none, and that of the smallest has few digits.
-    largest = max(map(abs, weights), default=0.0)
-    scaled = [weight / largest for weight in weights] if largest >= sys.float_info.min else []
+    scaled = _scaled(weights)
     total = math.fsum(scaled)
     if total <= 0:
         raise ValueError(f"weights are divided by their sum, which must be above 0, got {shown(list(weights))}")
     return [weight / total for weight in scaled]
+
+
+def _scaled(weights: Sequence[float]) -> list[float]:
+    """Over a power of two, by which nothing is rounded, so that the largest is about 1; zeros where all are next to
+    nothing. The sum of the largest numbers there are is none, and that of the smallest has few digits."""
+    largest = max(map(abs, weights))
+    if largest < sys.float_info.min:
+        return [0.0] * len(weights)
+    exponent = math.frexp(largest)[1]
+    return [math.ldexp(weight, -exponent) for weight in weights]
 
 
 def lines_rates(number: int, alpha: float | None, beta: float | None) -> tuple[float, float]:
@@ -96,7 +104,7 @@ def average_tensors(
     """
     shares_of(weights, len(tensors))
     dtype = dtype or tensors[0].dtype
-    given = [1.0] * len(tensors) if weights is None else weights
+    given = [1.0] * len(tensors) if weights is None else _scaled(weights)
     used = [(tensor, weight) for tensor, weight in zip(tensors, given, strict=True) if weight]
     first, weight = used[0]
     if all(same(first, tensor) for tensor, _ in used):

@@ -583,7 +583,7 @@ class Page:
     def __init__(self, results: Results):
         self.results = results
         self.seeds = sorted({seed for _, seed in results.done})
-        self.claims: list[tuple[str, str, str]] = []
+        self.claims: list[tuple[str, str, str, str]] = []
 
     def runs(self, name: str) -> list[dict[str, Any]]:
         return [self.results.done[name, seed] for seed in self.seeds if (name, seed) in self.results.done]
@@ -638,9 +638,9 @@ class Page:
         ]
         return f"| {label or name} | {' | '.join(cells)} | {len(old)} |"
 
-    def claim(self, label: str, paper: str, seen: str, verdict: str) -> list[str]:
-        """What a paper says against what was seen; `label` and verdict are for the README too."""
-        self.claims.append((label, seen, verdict))
+    def claim(self, card: str, label: str, paper: str, seen: str, verdict: str) -> list[str]:
+        """What a paper says against what was seen; all but its words are for README and method card too."""
+        self.claims.append((card, label, seen, verdict))
         return [f"- **Claim**: {paper}", f"- **Seen**: {seen}", f"- **{verdict}**", ""]
 
     def table(
@@ -731,6 +731,7 @@ def write_page(results: Results, path: Path) -> Page:
     if less:
         undone = [a / b for a, b in zip(less, lost, strict=True)]
         lines += page.claim(
+            "replay",
             "A few per cent of replay undo most of the forgetting, at little cost (Ibrahim et al.)",
             "5 % of replay undo 71 % of the forgetting (Pile to German: from 2.17 to 3.56 without, 2.57 with), and "
             "the new loss goes from 1.11 to 1.12; even 1 % undo more than half.",
@@ -754,6 +755,7 @@ def write_page(results: Results, path: Path) -> Page:
             for a, b in itertools.pairwise(PEAKS)
         )
         lines += page.claim(
+            "rewarm",
             "A higher peak learns more and forgets more (Gupta et al.; Ibrahim et al.)",
             "the higher the peak, the better the new data is learned (German 1.13, 1.11, 1.11 at 1.5e-4, 3e-4, 6e-4) "
             "and the more of the old is lost (3.47, 3.56, 3.63).",
@@ -763,6 +765,7 @@ def write_page(results: Results, path: Path) -> Page:
         )
     if page.runs(constant):
         lines += page.claim(
+            "rewarm",
             "A constant low rate forgets less and never learns the new as well (Gupta et al.; Ibrahim et al.)",
             "staying at the rate that pre-training ended with forgets less (3.22 against 3.56, from 2.17), and the "
             "new data is never learned as well (1.21 against 1.11).",
@@ -775,6 +778,7 @@ def write_page(results: Results, path: Path) -> Page:
     }
     if all(old and new for old, new in warm.values()):
         lines += page.claim(
+            "rewarm",
             "0 to 2 % of warm-up make no difference (Gupta et al.)",
             "warm-up of 0, 0.5, 1 or 2 % has no significant effect on the final loss of either data set.",
             "; ".join(
@@ -816,6 +820,7 @@ def write_page(results: Results, path: Path) -> Page:
             "; ".join(f"{domain} {_cell(v, signed=True)}" for domain, v in pairs.items()) + " (infinite minus cosine)."
         )
         lines += page.claim(
+            "rewarm",
             "Infinite schedules end about as well as cosines (Ibrahim et al.)",
             "an infinite schedule over three parts of the same data ends about where one cosine over all of it does. "
             "(No shift of distribution there, and one cosine; here there is one, and the cosine is repeated.)",
@@ -825,6 +830,7 @@ def write_page(results: Results, path: Path) -> Page:
         )
         kept = {domain: pairs[domain] for domain in DOMAINS[:2]}
         lines += page.claim(
+            "rewarm",
             "Re-warming is itself a source of forgetting: infinite beats repeated cosine (Beyond Cosine Decay)",
             "under a shift of distribution infinite schedules beat repeated cosines, because re-warming makes forget.",
             seen,
@@ -841,6 +847,7 @@ def write_page(results: Results, path: Path) -> Page:
         seen = {e: d(f"replay 25 %, Reptile {e:g}", replay_arm(0.25), "english") for e in EPSILONS}
         learned = {e: d(f"replay 25 %, Reptile {e:g}", replay_arm(0.25), "german") for e in EPSILONS}
         lines += page.claim(
+            "reptile",
             "Reptile besides replay improves on replay (Abbes et al.)",
             "at 560M, an average of 67.5 over three tasks with 25 % replay and Reptile, 66.4 with replay; at 1B, 61.5 "
             "with and without it beside 25 %, 63.8 with and 64.0 without it beside 50 %. ε is 0.1.",
@@ -874,6 +881,7 @@ def write_page(results: Results, path: Path) -> Page:
         rises = {name: page.paired(SUBSET_AND_OLD, name, page.early_depth) for name in against}
         learned = {name: d(SUBSET_AND_OLD, name, "german") for name in against}
         lines += page.claim(
+            "replay",
             "Epochs on a subset with the old mixture rate close the gap and learn more (Guo et al.)",
             "four epochs on a tenth of the data, chosen for quality, with the old mixture rate: an average of 40.7 "
             "over four medical tasks, against 37.4 for one pass over all of it and 37.5 for one with 10 % replay, and "
@@ -909,6 +917,7 @@ def write_page(results: Results, path: Path) -> Page:
     frozen, lora, ours = (lowrank_arm(kind, rates[kind] or 0) for kind in (FROZEN, "LoRA", "GradNormLoRP"))
     if page.runs(frozen):
         lines += page.claim(
+            "gradnormlorp",
             "LoRA learns less and forgets less (Biderman et al.)",
             "LoRA learns less and forgets less than full training (Biderman et al., 2024; adapters alone).",
             f"{FROZEN}, minus full: new {_cell(d(frozen, full, 'german'), signed=True)}, old "
@@ -918,6 +927,7 @@ def write_page(results: Results, path: Path) -> Page:
         )
     if page.runs(lora) and page.runs(ours):
         lines += page.claim(
+            "gradnormlorp",
             "GradNormLoRP does better than LoRA at the same rank (Huang et al.)",
             "GradNormLoRP does better than LoRA at the same rank (Huang et al., 2024: 80.65 against 79.23 on GLUE; "
             "nothing is said of what is forgotten).",
@@ -929,23 +939,38 @@ def write_page(results: Results, path: Path) -> Page:
     if any(page.runs(run.name) for run in SECTIONS["datafree"]):
         lines += ["## 7. Without any old data", ""]
         lines += page.table([FULL, *(run.name for run in SECTIONS["datafree"]), replay_arm(0.01)])
-        tried = [run.name for run in SECTIONS["datafree"] if page.runs(run.name)]
-        found = {name: (d(name, FULL, "english"), d(name, FULL, "german")) for name in tried}
-        lines += page.claim(
-            "Without old data: is the old loss kept? (a question of ours)",
-            "a pull towards the start beats weight decay when a model is fine-tuned (Li et al., 2018), a student of "
-            "the further pre-trained model does better downstream (Lee et al., 2023). Neither speaks of the old loss: "
-            "that either keeps it is the question here, not their claim.",
-            "; ".join(
-                f"{name}: old {_cell(old, signed=True)}, new {_cell(new, signed=True)}"
-                for name, (old, new) in found.items()
-            )
-            + ".",
-            ". ".join(
-                f"{name}, keeps the old: {_verdict(old, -1)}; learns less: {_verdict(new, 1)}"
-                for name, (old, new) in found.items()
+        for card, label, paper, tried in (
+            (
+                "l2_init",
+                "A pull towards the start: is the old loss kept? (a question of ours)",
+                "a pull towards the start beats weight decay when a model is fine-tuned (Li et al., 2018), with which "
+                "nothing is said of the old loss: that is asked here.",
+                [l2_arm(strength) for strength in L2_STRENGTHS],
             ),
-        )
+            (
+                "self_distillation",
+                "Self-distillation: is the old loss kept? (a question of ours)",
+                "a student of the further pre-trained model does better downstream (Lee et al., 2023), with which "
+                "nothing is said of the old loss: that is asked here, of the model itself as the teacher.",
+                ["self-distillation"],
+            ),
+        ):
+            found = {name: (d(name, FULL, "english"), d(name, FULL, "german")) for name in tried if page.runs(name)}
+            if found:
+                lines += page.claim(
+                    card,
+                    label,
+                    paper,
+                    "; ".join(
+                        f"{name}: old {_cell(old, signed=True)}, new {_cell(new, signed=True)}"
+                        for name, (old, new) in found.items()
+                    )
+                    + ".",
+                    ". ".join(
+                        f"{name}, keeps more of the old: {_verdict(old, -1)}; learns less: {_verdict(new, 1)}"
+                        for name, (old, new) in found.items()
+                    ),
+                )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines).rstrip() + "\n")
     plot(page, path.with_name("evidence.png"))
@@ -956,16 +981,34 @@ def write_page(results: Results, path: Path) -> Page:
 MARKS = "<!-- evidence: made by `make evidence` -->\n", "<!-- evidence: end -->\n"
 
 
-def into_readme(page: Page, text: str) -> str:
-    """The README with its table of claims made anew; the rest of it stays as it is."""
+def between_marks(text: str, lines: list[str], where: str) -> str:
+    """`text` with what stands between the marks made anew; the rest of it stays as it is."""
     before, begin, rest = text.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not begin or not end:
-        raise ValueError(f"the README has no place between {MARKS[0].strip()!r} and {MARKS[1].strip()!r}")
-    rows = [f"| {label} | {seen} | {verdict} |" for label, seen, verdict in page.claims]
-    table = ["| claim | seen here, nats a token | verdict |", "|---|---|---|", *rows, ""]
+        raise ValueError(f"{where} has no place between {MARKS[0].strip()!r} and {MARKS[1].strip()!r}")
+    return before + begin + "\n".join([*lines, ""]) + end + after
+
+
+def into_readme(page: Page, text: str) -> str:
+    """The README with its table of claims."""
+    rows = [f"| {label} | {seen} | {verdict} |" for _, label, seen, verdict in page.claims]
     state = unfinished(page.results)
-    return before + begin + "\n".join([*([state, ""] if state else []), *table]) + end + after
+    table = ["| claim | seen here, nats a token | verdict |", "|---|---|---|", *rows]
+    return between_marks(text, [*([state, ""] if state else []), *table], "the README")
+
+
+def into_card(page: Page, name: str, text: str) -> str:
+    """A method card with what was seen of its method."""
+    many = f"{len(page.seeds)} seed{'s' * (len(page.seeds) != 1)}"
+    state = ", not all runs of which are made yet" if unfinished(page.results) else ""
+    lines = [
+        f"English prose, then German manual pages, a Llama of 1.1M parameters, {many}{state}; losses in nats a token "
+        "([the page](../../docs/evidence.md), made by `make evidence`):",
+        "",
+        *(f"- *{label}* {seen} **{verdict}**" for card, label, seen, verdict in page.claims if card == name),
+    ]
+    return between_marks(text, lines, f"the card of {name}")
 
 
 def plot(page: Page, path: Path) -> None:
@@ -1035,6 +1078,9 @@ def main() -> None:
         page = write_page(results, root / "docs" / "evidence.md")
         readme = root / "README.md"
         readme.write_text(into_readme(page, readme.read_text("utf-8")), "utf-8")
+        for name in sorted({card for card, *_ in page.claims}):
+            card = root / "model_cards" / "methods" / f"{name}.md"
+            card.write_text(into_card(page, name, card.read_text("utf-8")), "utf-8")
     else:
         write_page(results, folder / "evidence.md")
 

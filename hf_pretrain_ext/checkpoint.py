@@ -169,12 +169,12 @@ def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[
     skipped: list[tuple[Path, str]] = []
     if not _is_folder(output_dir):
         return None, skipped
-    numbered = [
-        (_stage_number(p), int(m.group(1)), p)
-        for p in Path(output_dir).iterdir()
-        if (m := _CHECKPOINT.fullmatch(p.name))
-    ]
-    for _, _, path in sorted(numbered, reverse=True):
+    numbered = {p: int(m.group(1)) for p in Path(output_dir).iterdir() if (m := _CHECKPOINT.fullmatch(p.name))}
+    stages = {path: _stage_number(path) for path in numbered}
+    # What does not tell was cut short as it was written: by the last stage, as a rule.
+    last = max((stage for stage in stages.values() if stage is not None), default=0)
+    place = {path: (last if (stage := stages[path]) is None else stage, step) for path, step in numbered.items()}
+    for path in sorted(numbered, key=place.__getitem__, reverse=True):
         faults = find_faults(path)
         if not faults:
             return path, skipped
@@ -182,13 +182,13 @@ def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[
     return None, skipped
 
 
-def _stage_number(checkpoint: Path) -> int:
-    """Of the stage that a checkpoint is of; 0 where it does not tell."""
+def _stage_number(checkpoint: Path) -> int | None:
+    """Of the stage that a checkpoint is of; None where it does not tell."""
     try:
         found = json.loads((checkpoint / STATE_FOLDER / _STAGES).read_text(encoding="utf-8"))
         return int(found["stages"][-1]["number"])
     except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
-        return 0
+        return None
 
 
 def is_writing_failure(error: BaseException) -> bool:

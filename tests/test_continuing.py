@@ -614,8 +614,8 @@ def test_a_life_that_was_interrupted_ends_the_same(
     assert tiny.same_weights(whole[0], final) and same_moments(whole[0], final)
     assert stages == whole[1]
     assert [stage["name"] for stage in stages] == ["stage-1", "german", "code"]
-    # What is replayed is the rows that were read, which are no file of their own.
-    assert [source["place"] for source in stages[2]["sources"]] == ["rows-code", None, None]
+    # The first stage had no plan: all its rows are replayed. Of the second those that were read, no file of their own.
+    assert [source["place"] for source in stages[2]["sources"]] == ["rows-code", "rows-english", None]
     assert tiny.history(whole[0])[:-1] == tiny.history(final)[:-1]
 
 

@@ -52,6 +52,11 @@ def test_the_committed_page_is_that_of_the_committed_runs(continual: Any, tmp_pa
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
     readme = (ROOT / "README.md").read_text()
     assert continual.into_readme(page, readme) == readme
+    named = {card for card, *_ in page.claims}
+    for path in sorted((ROOT / "model_cards" / "methods").glob("*.md")):
+        card = path.read_text()
+        assert (path.stem in named) == (continual.MARKS[0] in card)
+        assert path.stem not in named or continual.into_card(page, path.stem, card) == card
     with pytest.raises(ValueError, match="the README has no place between"):
         continual.into_readme(page, readme.replace(continual.MARKS[1], ""))
 
@@ -151,7 +156,7 @@ def test_most_of_the_forgetting_is_more_than_half(continual: Any, tmp_path: Path
         lines = [line(continual.FULL, seed, english=8.0 + seed / 100) for seed in range(3)]
         lines += [line(continual.replay_arm(0.05), seed, english=old, german=2.0 + new) for seed in range(3)]
         page = continual.write_page(results(continual, tmp_path, *lines), tmp_path / "page.md")
-        claims = {label: told for label, _, told in page.claims}
+        claims = {label: told for _, label, _, told in page.claims}
         return str(claims["A few per cent of replay undo most of the forgetting, at little cost (Ibrahim et al.)"])
 
     assert verdict(5.0, 0.02).count(": Agrees") == 2

@@ -35,17 +35,25 @@ from typing import Any
 
 from hf_pretrain_ext.demo.study import interval
 
-VOCABULARY, BLOCK, BATCH = 2048, 128, 16
+VOCABULARY, BLOCK = 2048, 128
 HIDDEN, LAYERS, INTERMEDIATE = 128, 3, 352
 PEAK, FLOOR = 3e-3, "10%"
-HELD_OUT = 64
-"""Blocks of each domain that a probe reads."""
-
 DOMAINS = ("english", "german", "python")
-STEPS = {"small": 60, "full": 488}
-"""Of an arm; 488 are 1M tokens. The pre-training has twice as many."""
 
-SEEDS = {"small": 2, "full": 3}
+
+@dataclass(frozen=True)
+class Scale:
+    """Steps of an arm (the pre-training has twice as many), blocks a step, blocks of each domain that a probe reads."""
+
+    steps: int
+    batch: int
+    held_out: int
+    seeds: int
+
+
+SCALES = {"small": Scale(48, 8, 16, 2), "full": Scale(488, 16, 64, 3)}
+"""488 steps are 1M tokens. The small one shows that all of it runs, and little else."""
+
 RANK = 32
 SWEEP = (1e-3, 3e-3, 1e-2, 3e-2)
 """Peak rates that the low-rank arms are tried at, on the first seed."""
@@ -376,7 +384,8 @@ def train(task: tuple[Run, int, str, str]) -> dict[str, Any]:
 
     folder = Path(output)
     data = corpora(folder)
-    steps = round(STEPS[scale] * run.length)
+    size = SCALES[scale]
+    steps = round(size.steps * run.length)
     set_seed(seed)
     model = build_model(seed)
     if run.parent is not None:
@@ -385,19 +394,19 @@ def train(task: tuple[Run, int, str, str]) -> dict[str, Any]:
         model = adapted(model, run.adapter)
     rows = data[f"{run.domain}_train"]
     if run.subset is not None:
-        rows = rows[torch.randperm(len(rows))[: round(steps * BATCH * run.subset)].numpy()]
+        rows = rows[torch.randperm(len(rows))[: round(steps * size.batch * run.subset)].numpy()]
     plugins = make_plugins(run, data, steps)
     peak = next((given["peak_lr"] for name, given in run.plugins if name == "rewarm"), PEAK)
     sets = {name: dataset(data[f"{name}_heldout"]) for name in DOMAINS}
     first = "dense" if run.name in remedies() else "sparse"
     # One schedule has a point of its own at which losses are wanted.
     every = 0.05 if "hold and anneal" in dict(run.plugins) else 0.1
-    probe = ForgettingCallback(sets, every=every, max_samples=HELD_OUT, first_steps=first)
+    probe = ForgettingCallback(sets, every=every, max_samples=size.held_out, first_steps=first)
     with tempfile.TemporaryDirectory() as there:
         arguments = TrainingArguments(
             there,
-            per_device_train_batch_size=BATCH,
-            per_device_eval_batch_size=HELD_OUT,
+            per_device_train_batch_size=size.batch,
+            per_device_eval_batch_size=size.held_out,
             max_steps=steps,
             learning_rate=peak,
             lr_scheduler_type="constant",
@@ -460,7 +469,9 @@ KNOWN = {run.name: run for run in [*(run for runs in SECTIONS.values() for run i
 def setting(run: Run, scale: str) -> str:
     """A digest of all that decides a run, but for text and seed: a run of other settings is made again."""
     parts = {key: value for key, value in dataclasses.asdict(run).items() if key not in ("name", "keep")}
-    model = (VOCABULARY, BLOCK, BATCH, HIDDEN, LAYERS, INTERMEDIATE, PEAK, FLOOR, RANK, HELD_OUT, STEPS[scale])
+    size = SCALES[scale]
+    sizes = (VOCABULARY, BLOCK, size.batch, HIDDEN, LAYERS, INTERMEDIATE)
+    model = (*sizes, PEAK, FLOOR, RANK, size.held_out, size.steps)
     parent = None if run.parent is None else setting(KNOWN[run.parent], scale)
     text = json.dumps([parts, model, parent], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
@@ -566,7 +577,7 @@ def best_peak(results: Results) -> float:
 def expected(scale: str) -> int:
     """Runs of all sections and seeds."""
     first = len(all_runs(SECTIONS))
-    return first + (SEEDS[scale] - 1) * (first - len(LOWRANK) * (len(SWEEP) - 1))
+    return first + (SCALES[scale].seeds - 1) * (first - len(LOWRANK) * (len(SWEEP) - 1))
 
 
 # The page
@@ -693,7 +704,8 @@ def unfinished(results: Results) -> str:
 def write_page(results: Results, path: Path) -> Page:
     page = Page(results)
     d = page.difference
-    tokens = STEPS[results.scale] * BATCH * BLOCK
+    size = SCALES[results.scale]
+    tokens = size.steps * size.batch * BLOCK
     command = f"python benchmarks/continual.py run --scale {results.scale}"
     spent = statistics.median(run["seconds"] for run in results.done.values())
     days = sorted({run["date"] for run in results.done.values()})
@@ -708,8 +720,8 @@ def write_page(results: Results, path: Path) -> Page:
         "",
         "A Llama of 1.1M parameters is pre-trained on English prose about computers and goes on with German manual "
         f"pages, then Python sources: {tokens / 1e6:.2f}M tokens an arm, twice as many for the pre-training, blocks "
-        f"of {BLOCK}, batches of {BATCH}; AdamW (0.9, 0.95), weight decay 0.1, peak {PEAK:g}, floor 10 %, 1 % warm-up "
-        "unless said. Held-out losses in nats a token, mean and half of a 95 % interval over seeds (Student's); "
+        f"of {BLOCK}, batches of {size.batch}; AdamW (0.9, 0.95), weight decay 0.1, peak {PEAK:g}, floor 10 %, 1 % "
+        "warm-up unless said. Held-out losses in nats a token, mean and half of a 95 % interval over seeds (Student's); "
         "differences are taken within a seed. **A model of this size on this much text shows the mechanism, not the "
         "size of the effect in yours.** Claims are the papers' own, at their sizes.",
         "",
@@ -1055,7 +1067,7 @@ def plot(page: Page, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "report"])
-    parser.add_argument("--scale", choices=list(STEPS), default="full")
+    parser.add_argument("--scale", choices=list(SCALES), default="full")
     parser.add_argument("--output", default="evidence", help="folder of what is finished")
     parser.add_argument("--runs", help="with report: another file of finished runs than FOLDER/runs.jsonl")
     parser.add_argument("--seeds", type=int, help="how many; of the scale by default")
@@ -1072,7 +1084,7 @@ def main() -> None:
     if given.what == "report" and not results.done:
         parser.error(f"{results.path} holds no finished run of --scale {given.scale}: run first")
     if given.what == "run":
-        run_all(results, given.only or list(SECTIONS), given.seeds or SEEDS[given.scale])
+        run_all(results, given.only or list(SECTIONS), given.seeds or SCALES[given.scale].seeds)
     root = Path(__file__).parents[1]
     if given.what == "report" and given.scale == "full":
         page = write_page(results, root / "docs" / "evidence.md")

@@ -219,5 +219,6 @@ def test_the_arms_are_those_that_the_papers_compare(continual: Any) -> None:
     assert all(
         dict(run.plugins)["reptile"]["every"] == 1 / 24 for run in runs.values() if "reptile" in dict(run.plugins)
     )
-    tokens = continual.STEPS["full"] * continual.BATCH * continual.BLOCK
+    size = continual.SCALES["full"]
+    tokens = size.steps * size.batch * continual.BLOCK
     assert tokens == pytest.approx(1e6, rel=1e-3)

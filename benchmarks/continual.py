@@ -43,7 +43,7 @@ DOMAINS = ("english", "german", "python")
 
 @dataclass(frozen=True)
 class Scale:
-    """Steps of an arm (the pre-training has twice as many), blocks a step, blocks of each domain that a probe reads."""
+    """Steps of an arm (the pre-training has twice as many), blocks a step, blocks of a domain that a probe reads."""
 
     steps: int
     batch: int
@@ -721,9 +721,9 @@ def write_page(results: Results, path: Path) -> Page:
         "A Llama of 1.1M parameters is pre-trained on English prose about computers and goes on with German manual "
         f"pages, then Python sources: {tokens / 1e6:.2f}M tokens an arm, twice as many for the pre-training, blocks "
         f"of {BLOCK}, batches of {size.batch}; AdamW (0.9, 0.95), weight decay 0.1, peak {PEAK:g}, floor 10 %, 1 % "
-        "warm-up unless said. Held-out losses in nats a token, mean and half of a 95 % interval over seeds (Student's); "
-        "differences are taken within a seed. **A model of this size on this much text shows the mechanism, not the "
-        "size of the effect in yours.** Claims are the papers' own, at their sizes.",
+        "warm-up unless said. Held-out losses in nats a token, mean and half of a 95 % interval over seeds "
+        "(Student's); differences are taken within a seed. **A model of this size on this much text shows the "
+        "mechanism, not the size of the effect in yours.** Claims are the papers' own, at their sizes.",
         "",
         "![losses of the arms](evidence.png)",
         "",

@@ -651,6 +651,8 @@ class Page:
 
     def claim(self, card: str, label: str, paper: str, seen: str, verdict: str) -> list[str]:
         """What a paper says against what was seen; all but its words are for README and method card too."""
+        if ONE_SEED in verdict and not any(told in verdict for told in ("Agrees", "Does not agree", HOLDS_0, WIDE)):
+            verdict = ONE_SEED  # once, and not for each part
         self.claims.append((card, label, seen, verdict))
         return [f"- **Claim**: {paper}", f"- **Seen**: {seen}", f"- **{verdict}**", ""]
 

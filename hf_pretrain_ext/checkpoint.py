@@ -22,6 +22,7 @@ from hf_pretrain_ext.values import reason, shown
 __all__ = [
     "STATE_FOLDER",
     "CheckpointError",
+    "file_digest",
     "find_faults",
     "last_complete_checkpoint",
     "read_state",
@@ -69,6 +70,12 @@ def _hash(path: Path, size: int) -> str:
             digest.update(block)
             size -= len(block)
     return digest.hexdigest()
+
+
+def file_digest(path: Path) -> dict[str, Any]:
+    """Size and hash of a file, as a manifest has them."""
+    size = path.stat().st_size
+    return {"size": size, "xxh3_128": _hash(path, size)}
 
 
 def _files(checkpoint: Path) -> Iterator[tuple[str, Path]]:

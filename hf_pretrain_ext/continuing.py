@@ -21,17 +21,17 @@ from hf_pretrain_ext.base_model import FETCHED, Base, look_up, settings_that_dif
 from hf_pretrain_ext.checkpoint import STATE_FOLDER, CheckpointError
 from hf_pretrain_ext.data import tokenizer_fingerprint
 from hf_pretrain_ext.loading import (
-    base_digest,
     carry_optimizer,
     fits,
     is_adapter,
     is_sharded,
     load_weights,
+    others_below,
     state_of,
 )
 from hf_pretrain_ext.nonfinite import Action
 from hf_pretrain_ext.run import PluginRun
-from hf_pretrain_ext.run_stage import life_of_model, revision_of
+from hf_pretrain_ext.run_stage import life_of_model, remember_life, revision_of
 from hf_pretrain_ext.stages import STAGES_NAME, Beginning, Stage, check_name, read_stages
 from hf_pretrain_ext.trainer import PlanConfig, extend
 from hf_pretrain_ext.units import to_point, to_rate
@@ -528,6 +528,7 @@ def _load(trainer: Any, origin: Origin, carry: tuple[str, ...], model: Any) -> A
     failed = [text for text in _gathered(trainer, error) if text is not None]
     if failed:
         raise CheckpointError(failed[0])
+    remember_life(model, origin.stages)
     _say(trainer, notes)
     return model
 
@@ -555,14 +556,14 @@ def _check_below_adapter(model: Any, origin: Origin) -> None:
     """An adapter's file holds nothing of the weights below it, which an earlier stage may have trained."""
     if not origin.ours or origin.folder is None or not is_adapter(origin.files):
         return
-    was = checkpoint.read_state(origin.folder).get("base")
-    if was is None or was == base_digest(model):
+    others = others_below(model, checkpoint.read_state(origin.folder).get("below") or {})
+    if not others:
         return
     below = next((s.parent for s in reversed(origin.stages) if s.parent and s.parent.get("path")), None)
     where = f"that stage began with {below['path']}" if below else "it is the model that the stage began with"
     raise CheckpointError(
-        f"{origin.text} holds an adapter alone, and the weights below it are others here (or of another type, or "
-        f"others of them are trained) than when it was saved: {where}. Build the trainer with the model of there, "
+        f"{origin.text} holds an adapter alone, and the weights below it are others here than when it was saved "
+        f"({len(others):,} of them, {others[0]} for one): {where}. Build the trainer with the model of there, "
         "from_pretrained(...), before the adapter is put on it. Where other weights are meant, load the adapter with "
         "PeftModel.from_pretrained(model, folder, is_trainable=True) and pass carry=(), which takes the history alone"
     )

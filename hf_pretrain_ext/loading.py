@@ -78,6 +78,26 @@ def base_digest(model: Any) -> str | None:
     return weights_digest({name: param for name, param in model.named_parameters() if not param.requires_grad})
 
 
+def base_parts(model: Any) -> dict[str, str] | None:
+    """Type, shape and hash of each weight below an adapter, by name; None as [`base_digest`]."""
+    if not hasattr(model, "peft_config") or is_sharded(model):
+        return None
+    return {name: _part(name, param) for name, param in model.named_parameters() if not param.requires_grad}
+
+
+def others_below(model: Any, parts: Mapping[str, str]) -> list[str]:
+    """Names of weights that [`base_parts`] gave for a model, and that are others in this one, of the same type and
+    shape. What was frozen then and is trained now is compared too."""
+    now = {name: _part(name, param) for name, param in model.named_parameters() if name in parts}
+    kinds = {name: part.rpartition(" ")[0] for name, part in parts.items()}
+    return [name for name, part in now.items() if part.rpartition(" ")[0] == kinds[name] and part != parts[name]]
+
+
+def _part(name: str, param: torch.Tensor) -> str:
+    shape = "x".join(map(str, param.shape))
+    return f"{str(param.dtype).removeprefix('torch.')} {shape} {weights_digest({name: param})[:16]}"
+
+
 def _faults(expected: Mapping[str, torch.Tensor], held: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What of `held` does not fit a model's state, one line a kind; a tied weight is held under one of its names."""
     present = {tensor.data_ptr() for name, tensor in expected.items() if name in held}

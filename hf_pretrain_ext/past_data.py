@@ -182,6 +182,9 @@ def _visited(source: LifeSource, dataset: Any, in_order: bool) -> Any:
         first_rows(Source(source.name, rows, order=cast(Order, order), key=key), seed, draws)
         for order, key, seed, draws in source.visits
     ]
+    if len(read) == 1:
+        # Within one pass no row comes twice.
+        return dataset.select(read[0])
     numbers, first = np.unique(np.concatenate(read), return_index=True)
     return dataset.select(numbers[np.argsort(first)])
 

@@ -23,7 +23,7 @@ from hf_pretrain_ext.data import fingerprint, is_map_style
 from hf_pretrain_ext.identity import compare, compared_arguments
 from hf_pretrain_ext.lengths import host_length, run_length
 from hf_pretrain_ext.loader import COUNTS, MARKS, PlanBatchSampler, PlanDataset, private_copy
-from hf_pretrain_ext.loading import base_digest
+from hf_pretrain_ext.loading import base_digest, base_parts
 from hf_pretrain_ext.nonfinite import NonFiniteWatch
 from hf_pretrain_ext.plan import SamplePlan, Segment
 from hf_pretrain_ext.plan.tokens import Cursor
@@ -50,7 +50,8 @@ class PluginRun:
     def __init__(self, trainer: Any, plan_config: PlanConfig):
         self.trainer = trainer
         self.plan_config = plan_config
-        self.given_optimizer = trainer.optimizer is not None
+        self._given_optimizer = trainer.optimizer is not None
+        self.made_optimizer: Any = None
         self.plugins: tuple[TrainerPlugin, ...] = ()
         self.plan: SamplePlan | None = None
         self.lr_schedule: LRSchedule | None = None
@@ -131,6 +132,14 @@ class PluginRun:
         """Tokens an optimizer step, from sampled training rows; None where they hold no ids. It reads data."""
         with rng_guard():
             return self._setup.tokens_per_step if self._setup else None
+
+    @property
+    def given_optimizer(self) -> bool:
+        """Whether the Trainer's optimizer is the user's: given to it, or set since a training left one there."""
+        there = self.trainer.optimizer
+        if there is None:
+            self._given_optimizer = False
+        return there is not None and (self._given_optimizer or there is not self.made_optimizer)
 
     @property
     def setup(self) -> Setup:
@@ -320,16 +329,15 @@ class PluginRun:
         self.active = True
         self.stage.begin(resumed=resume_from is not None)
         self.plan = self._planned = self.build_plan()
+        self._counts = [[0] * 5 for _ in range(len(self.plan.sources) if self.plan else 0)]
+        self._committed = self._uncommitted = self.updated_at = None
         self.steps_per_epoch, self.total_steps = self.length_of(self.plan)
         self.fingerprints = self._data()
         self.lr_schedule = self.schedule_for(self.total_steps)
-        sources = len(self.plan.sources) if self.plan else 0
-        self._counts = [[0] * 5 for _ in range(sources)]
         self._marks, self._marks_ahead, self._dataset, self._sampler = {}, {}, None, None
-        self._committed = self._uncommitted = self.updated_at = None
         self._pending, self._restored, self._before_step, self.resumed_at = {}, None, None, None
         self.nonfinite.begin()
-        self._base = base_digest(self.trainer.model)
+        self._base, self._below = base_digest(self.trainer.model), base_parts(self.trainer.model)
         for plugin in self.plugins:
             plugin.begin()
         if resume_from is not None:
@@ -350,6 +358,8 @@ class PluginRun:
             self._trace.write("resume", self.resumed_at, checkpoint=resume_from, versions=versions())
         if description:
             self.say("\n".join(description))
+        if self.stage.warning:
+            self.say(self.stage.warning, logging.WARNING)
 
     def set_length(self, per_epoch: int, total: int) -> None:
         """What the host counted, where it differs from what could be known before (a loader of the user's own)."""
@@ -631,6 +641,7 @@ class PluginRun:
                 "segments": [[segment.start, list(segment.weights)] for segment in self._added()],
                 "cursor": self._cursor(),
                 "base": self._base,
+                "below": self._below,
                 "plugins": {plugin.name: plugin.state() for plugin in self.plugins},
             },
             beside=self.stage.json(),

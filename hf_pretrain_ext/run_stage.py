@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from hf_pretrain_ext import checkpoint, data, sources
+from hf_pretrain_ext.loading import is_sharded, weight_files
+from hf_pretrain_ext.regularise import weights_digest
 from hf_pretrain_ext.rng import rng_guard
 from hf_pretrain_ext.stages import (
     STAGES_NAME,
@@ -27,7 +28,7 @@ from hf_pretrain_ext.trace import versions
 if TYPE_CHECKING:
     from hf_pretrain_ext.run import PluginRun
 
-__all__ = ["RunStage", "life_of_model", "revision_of"]
+__all__ = ["RunStage", "life_of_model", "remember_life", "revision_of"]
 
 
 class RunStage:
@@ -46,6 +47,8 @@ class RunStage:
         self._started: str | None = None
         self._final: Stage | None = None
         self._best: tuple[Stage, ...] | None = None
+        self._dataset: Any = None
+        self.warning: str | None = None
         self._looked_up: dict[str, Any] = {}
 
     # Beginning
@@ -78,29 +81,30 @@ class RunStage:
 
     def begin(self, resumed: bool) -> None:
         """Called before a run is set up anew, while it still holds what an earlier `train()` left."""
+        self.warning = None
         if not resumed:
             if self.trained and self.run.trainer.model_init is None:
                 # A second train() goes on from the weights of the first, and knows as much of what was before.
                 told = self.beginning.told
                 self.beginning = Beginning(self.life(), carry=("weights",) if told else (), told=told)
                 self.load = self.fill = None
-                self._warn_of_checkpoints()
+                self._note_checkpoints()
             self._started = None
         # Of a resume, too, nothing is trained before the weights of the checkpoint are in the model.
         self.trained = False
         self._looked_up, self._final, self._best = {}, None, None
+        self._dataset = self.run.trainer.train_dataset
         self._started = self._started or _now()
         if not self.beginning.earlier and not self.beginning.told:
             self.beginning = Beginning(tuple(_base_of(self.run.trainer.model)))
 
-    def _warn_of_checkpoints(self) -> None:
+    def _note_checkpoints(self) -> None:
         there = checkpoint.checkpoints_in(self.run.output_dir)
         if there and self.run.trainer.args.save_strategy != "no":
-            self.run.say(
+            self.warning = (
                 f"warning: {self.run.output_dir} holds {there[-1].name} of an earlier stage. A second train() counts "
                 "its steps from 0 again, and its checkpoints would replace those of the same number: give it an "
-                "output_dir of its own (trainer.args.output_dir) to keep both",
-                logging.WARNING,
+                "output_dir of its own (trainer.args.output_dir) to keep both"
             )
 
     def lines(self) -> list[str]:
@@ -184,7 +188,11 @@ class RunStage:
     def end(self) -> None:
         """Every rank calls it once a stage is over and its counts are gathered."""
         self._final = self.record()
-        _LIVES[self.run.trainer.model] = self.life()
+        remember_life(self.run.trainer.model, self.life())
+
+    @property
+    def ended(self) -> bool:
+        return self._final is not None
 
     def close(self) -> None:
         """Before another stage begins: takes in what a training that was interrupted has counted. On every rank."""
@@ -198,8 +206,8 @@ class RunStage:
         self._best = tuple(best) if best else None
 
     def write(self, folder: str | Path, with_weights: bool = True) -> None:
-        """Beside the weights that training ended with."""
-        write_stages(folder, self.life(), with_weights)
+        """Beside the weights that training ended with, or where others may lie."""
+        write_stages(folder, self.life(), () if with_weights else weight_files(Path(folder)))
 
     def _schedule(self) -> dict[str, Any] | None:
         run, last = self.run, self.beginning.last
@@ -221,7 +229,8 @@ class RunStage:
         if run.plan is None:
             return [self._without_plan()]
         realised, sources = run.realised(), {source.name: source for source in run.plan.sources}
-        views = [name for name, source in sources.items() if not source.replayed and name != "train"]
+        # A plug-in may add sources to the training data; where there is none, these are what it was made into.
+        views = [] if "train" in sources else [name for name, source in sources.items() if not source.replayed]
         found = []
         if views:
             # What a plug-in made of the training data (behind metadata, say) is no text to replay as it stands.
@@ -233,7 +242,7 @@ class RunStage:
                         what: _total([realised[name][what] for name in views])
                         for what in ("samples", "tokens", "loss_tokens")
                     },
-                    **{**self._origin("train", run.trainer.train_dataset), "place": None},
+                    **{**self._origin("train", self._dataset), "place": None},
                 )
             )
         for name, source in sources.items():
@@ -255,7 +264,7 @@ class RunStage:
     def _without_plan(self) -> SeenSource:
         """What the host's own sampler has read: samples by its epochs, tokens from the mean of rows."""
         run = self.run
-        dataset = run.trainer.train_dataset
+        dataset = self._dataset
         samples = run.step * run.global_batch
         rows = len(dataset) if data.is_map_style(dataset) else None
         if rows and run.steps_per_epoch:
@@ -294,13 +303,22 @@ class RunStage:
         return self._looked_up[what]
 
 
-_LIVES: WeakKeyDictionary[Any, tuple[Stage, ...]] = WeakKeyDictionary()
-"""By model, what is known of its life: for a new stage with another trainer in the same process."""
+_LIVES: WeakKeyDictionary[Any, tuple[str, tuple[Stage, ...]]] = WeakKeyDictionary()
+"""By model, what is known of its life, and a hash of the weights of which that is true."""
+
+
+def remember_life(model: Any, stages: Sequence[Stage]) -> None:
+    """For a new stage with another trainer in the same process."""
+    if not is_sharded(model):
+        _LIVES[model] = weights_digest(model), tuple(stages)
 
 
 def life_of_model(model: Any) -> tuple[Stage, ...] | None:
-    """The stages that a model went through in this process; None if it was not trained in one."""
-    return _LIVES.get(model)
+    """The stages that a model went through in this process; None if its weights are not what they left behind."""
+    if is_sharded(model) or model not in _LIVES:
+        return None
+    digest, stages = _LIVES[model]
+    return stages if digest == weights_digest(model) else None
 
 
 def _base_of(model: Any) -> list[Stage]:
@@ -315,8 +333,9 @@ def _base_of(model: Any) -> list[Stage]:
 
 def revision_of(model: Any) -> str | None:
     """The commit of the Hub's repository that a model was loaded from."""
+    name = getattr(model, "name_or_path", None)
     commit = getattr(getattr(model, "config", None), "_commit_hash", None)
-    return commit if isinstance(commit, str) and not os.path.isdir(str(model.name_or_path)) else None
+    return commit if isinstance(commit, str) and isinstance(name, str) and not os.path.isdir(name) else None
 
 
 def _vocabulary(reader: Any) -> str | None:

@@ -3,8 +3,8 @@
 The file lies in `hf_pretrain_ext/` of every checkpoint and, once a stage has ended, in its `output_dir`:
 
     {"format": 1, "stages": [...]}     from the first stage to the one that wrote the file; each is a `Stage`.
-                                       `"weights": false` besides: it was written as training ended, and weights that
-                                       lie there may be older
+                                       `older_weights` besides, where it was written as training ended: size and hash
+                                       of weight files that lay there already, by name
 
 
     number, name, kind        0 for a base whose training is not known; "unknown", "stage" or "anneal"
@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_pretrain_ext.checkpoint import STATE_FOLDER, CheckpointError, write_json
+from hf_pretrain_ext.checkpoint import STATE_FOLDER, CheckpointError, file_digest, write_json
 from hf_pretrain_ext.home import with_home, without_home
 from hf_pretrain_ext.schedules import LRPhase, LRSchedule
 from hf_pretrain_ext.values import reason, shown
@@ -278,24 +278,29 @@ class Beginning:
 # Files
 
 
-def stages_json(stages: Iterable[Stage], with_weights: bool = True) -> dict[str, Any]:
+def stages_json(stages: Iterable[Stage], older: Iterable[Path] = ()) -> dict[str, Any]:
     """What `stages.json` holds."""
-    told = {} if with_weights else {"weights": False}
-    return without_home({"format": _FORMAT, **told, "stages": [stage.to_json() for stage in stages]})
+    told = {path.name: file_digest(path) for path in older}
+    content = {"format": _FORMAT, **({"older_weights": told} if told else {})}
+    return without_home({**content, "stages": [stage.to_json() for stage in stages]})
 
 
-def write_stages(folder: str | Path, stages: Iterable[Stage], with_weights: bool = True) -> None:
-    """Writes `folder`/stages.json: afterwards there is the old file or the whole new one."""
+def write_stages(folder: str | Path, stages: Iterable[Stage], older: Iterable[Path] = ()) -> None:
+    """Writes `folder`/stages.json: afterwards there is the old file or the whole new one.
+
+    `older` are files of weights that lie there, of before the last stage.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_json(Path(folder) / STAGES_NAME, stages_json(stages, with_weights))
+    write_json(Path(folder) / STAGES_NAME, stages_json(stages, older))
 
 
-def is_ahead(folder: str | Path, weights: Iterable[Path]) -> bool:
-    """Whether `folder`/stages.json tells of training after which none of `weights`, beside it, was saved."""
+def is_ahead(folder: str | Path, weights: Sequence[Path]) -> bool:
+    """Whether `folder`/stages.json tells of training after which `weights`, beside it, were not saved."""
     path = Path(folder) / STAGES_NAME
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")).get("weights") is not False:
+    if not path.is_file():
         return False
-    return all(each.stat().st_mtime_ns < path.stat().st_mtime_ns for each in weights)
+    older = json.loads(path.read_text(encoding="utf-8")).get("older_weights") or {}
+    return any(each.name in older and older[each.name] == file_digest(each) for each in weights)
 
 
 def read_stages(folder: str | Path) -> tuple[Stage, ...] | None:

@@ -173,12 +173,12 @@ class PluginTrainerMixin(_Base):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         run = self._plugin_run
+        run.stage.close()
         run.attach(_plugins(self))
         run.resume_from, skipped = self._resolve(resume_from_checkpoint)
         for line in skipped:
             run.say(line)
-        run.stage.close()
-        kept = run.stage.kept()
+        kept, given = run.stage.kept(), run.given_optimizer
         try:
             if run.resume_from is not None and run.stage.adopt(self._read_stages(run.resume_from)):
                 # In a new process, what was told of earlier stages is known from here on.
@@ -187,7 +187,7 @@ class PluginTrainerMixin(_Base):
                 wrapped = self._wrap_plugin_model(self.model)
                 if wrapped is not self.model:
                     self.model = self.model_wrapped = wrapped.to(self.args.device)
-            if not run.given_optimizer:
+            if (run.plugins or run.beginning.told) and not given:
                 # The host would go on with the last train()'s optimizer, moments and all.
                 self.optimizer = None
             result = super().train(run.resume_from, *args, **kwargs)
@@ -197,10 +197,16 @@ class PluginTrainerMixin(_Base):
             if not run.stage.trained:
                 # What did not begin is no stage: the next train() begins from what was before.
                 run.stage.restore(kept)
+            elif run.ranks[1] == 1:
+                # Now, while data and plug-ins are those that it was trained with; several ranks may not all be here.
+                run.stage.close()
             if conductor := self._conductor():
                 conductor.session.interrupted(error)
             raise
         finally:
+            if not given:
+                # As accelerate wrapped it.
+                run.made_optimizer = self.optimizer
             run.active = False
             for plugin in run.plugins:
                 plugin.end()
@@ -334,6 +340,7 @@ class PluginTrainerMixin(_Base):
                 super().create_optimizer(*args, **kwargs)
             for plugin in wrapping:
                 self.optimizer = plugin.wrap_optimizer(self.optimizer)
+            run.made_optimizer = self.optimizer
         elif run.given_optimizer and (wrapping or self._given is not None):
             there = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
             # A second train() finds it as the first one wrapped it, with what that kept of its beginning.
@@ -454,7 +461,7 @@ class PluginTrainerMixin(_Base):
         run = getattr(self, "_plugin_run", None)
         if run is not None and run.stage.trained and not _internal_call:
             # The history goes where the weights go. Several ranks sum their counts only where all of them must be.
-            if run.ranks[1] == 1:
+            if run.ranks[1] == 1 and not run.stage.ended:
                 run.commit()
                 run.gather_counts()
             run.write_stages(output_dir or run.output_dir)

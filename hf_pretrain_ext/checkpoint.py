@@ -191,9 +191,11 @@ def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[
 
 def _stage_number(checkpoint: Path) -> int | None:
     """Of the stage that a checkpoint is of; None where it does not tell."""
+    path = checkpoint / STATE_FOLDER / _STAGES
+    if not path.is_file():
+        return None
     try:
-        found = json.loads((checkpoint / STATE_FOLDER / _STAGES).read_text(encoding="utf-8"))
-        return int(found["stages"][-1]["number"])
+        return int(json.loads(path.read_text(encoding="utf-8"))["stages"][-1]["number"])
     except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
         return None
 

@@ -279,7 +279,7 @@ def copied_rows(
     Example:
 
     >>> text = np.arange(100)
-    >>> copied_rows([text[:50], text[25:75], text + 1000], [text[:50], text[50:]])
+    >>> copied_rows([text[:50], text[20:70], text + 1000], [text[:50], text[50:]])
     (1, 1)
     """
     theirs = {ids.tobytes() for ids in other if len(ids)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from transformers import Trainer, TrainerCallback
 from hf_pretrain_ext import PackedCollator, PluginError, anneal, continue_from, extend
 from hf_pretrain_ext.callbacks import GradNormLoRPCallback, MetadataCallback, ReplayCallback, RewarmCallback
 from hf_pretrain_ext.checkpoint import CheckpointError, last_complete_checkpoint
+from hf_pretrain_ext.plan import SamplePlan, Segment, Source
+from hf_pretrain_ext.plugin import TrainerPlugin
 from hf_pretrain_ext.stages import SeenSource, Stage, life_of, read_stages, schedule_record
 
 STEPS = 6
@@ -440,15 +442,135 @@ def test_the_last_steps_of_a_decay_count_as_annealed() -> None:
     assert ended == {500: False, 990: True, 1000: True}
 
 
-def test_files_of_before_have_no_key_of_the_weights(tmp_path: Path) -> None:
-    """They are read as ever."""
+def test_only_weights_that_lay_there_before_are_older(tmp_path: Path) -> None:
+    """By their content: files are copied, and come from the Hub, in any order and with times of their own."""
     trainer = trained(tmp_path / "one")
-    trainer.save_model()
     path = tmp_path / "one" / "stages.json"
-    held = json.loads(path.read_text())
-    assert "weights" not in held
+    assert "older_weights" not in json.loads(path.read_text())
+    # As `push_to_hub` saves.
+    trainer.save_model(_internal_call=True)
+    (tmp_path / "copy").mkdir()
+    for file in sorted((tmp_path / "one").iterdir(), reverse=True):
+        if file.is_file():
+            shutil.copyfile(file, tmp_path / "copy" / file.name)
+    for number, folder in enumerate(("one", "copy")):
+        new = continue_from(tiny.trainer(tmp_path / f"new-{number}", **SAVES), str(tmp_path / folder))
+        assert [stage.steps for stage in new.plugin_run.beginning.earlier] == [6]
     trainer.train()
-    assert json.loads(path.read_text())["weights"] is False
-    path.write_text(json.dumps(held))
-    os.utime(path)
-    continue_from(tiny.trainer(tmp_path / "two", **SAVES), str(tmp_path / "one"))
+    assert json.loads(path.read_text())["older_weights"].keys() == {"model.safetensors"}
+    with pytest.raises(CheckpointError, match="weights that were saved before the training"):
+        continue_from(tiny.trainer(tmp_path / "new", **SAVES), str(tmp_path / "one"))
+
+
+def test_a_history_is_that_of_the_weights_as_they_are(tmp_path: Path) -> None:
+    """Of a model object: trained on by a bare Trainer, or loaded with others, it is not what its stage left behind."""
+    first = trained(tmp_path / "one")
+    model = first.model
+    bare = tiny.trainer(tmp_path / "bare", model=model, **SAVES)
+    bare.train()
+    new = continue_from(tiny.trainer(tmp_path / "two", **SAVES), model)
+    assert [stage.kind for stage in new.plugin_run.beginning.earlier] == ["unknown"]
+    loaded = continue_from(
+        tiny.trainer(tmp_path / "three", model=model, **SAVES), str(tmp_path / "one" / "checkpoint-4")
+    )
+    again = continue_from(tiny.trainer(tmp_path / "four", **SAVES), loaded.model)
+    assert [(stage.name, stage.steps) for stage in again.plugin_run.beginning.earlier] == [("stage-1", 4)]
+
+
+def test_an_interrupted_stage_of_another_trainer(tmp_path: Path) -> None:
+    first = trained(tmp_path / "one")
+    stop = StopAt(5)
+    second = tiny.trainer(tmp_path / "two", infinite(), plan_only(), stop, model=first.model, **SAVES)
+    continue_from(second, first.model, name="german")
+    with pytest.raises(KeyboardInterrupt):
+        second.train()
+    third = continue_from(tiny.trainer(tmp_path / "three", **SAVES), second.model)
+    assert [(stage.name, stage.steps) for stage in third.plugin_run.beginning.earlier] == [
+        ("stage-1", 6),
+        ("german", 5),
+    ]
+
+
+def test_data_that_is_exchanged_after_an_interruption(tmp_path: Path) -> None:
+    """The stage is told of as it was, with the data that it read."""
+    stop = StopAt(5)
+    trainer = extend(tiny.trainer(tmp_path / "one", infinite(), stop, **SAVES))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(stop)
+    trainer.train_dataset = tiny.rows(400, seed=9)
+    trainer.train()
+    assert [stage.sources[0].rows for stage in read_stages(tmp_path / "one") or ()] == [40, 400]
+
+
+def test_without_plug_ins_nothing_changes(tmp_path: Path) -> None:
+    """A second train() too goes on as the host's does, moments included."""
+    bare, extended = tiny.trainer(tmp_path / "bare", **SAVES), extend(tiny.trainer(tmp_path / "extended", **SAVES))
+    for trainer in (bare, extended):
+        trainer.train()
+        trainer.train()
+    assert tiny.same_weights(bare, extended)
+
+
+def test_an_optimizer_that_is_set_after_extend_is_the_users(tmp_path: Path) -> None:
+    trainer = trained(tmp_path / "one")
+    made = torch.optim.SGD(trainer.model.parameters(), lr=1e-2)
+    trainer.optimizer = made
+    trainer.train()
+    assert getattr(trainer.optimizer, "optimizer", None) is made
+    # Taken away again, the host makes one as ever.
+    trainer.optimizer = None
+    trainer.train()
+    assert isinstance(getattr(trainer.optimizer, "optimizer", None), torch.optim.AdamW)
+    # One that a bare train() left is in the way of a plug-in that makes its own, and can be taken away.
+    used = tiny.trainer(tmp_path / "two", **{**SAVES, "max_grad_norm": 0})
+    used.train()
+    with pytest.raises(PluginError, match=r"set trainer\.optimizer = None if a train"):
+        extend(used, RewarmCallback(1e-2), GradNormLoRPCallback(4))
+    used.optimizer = None
+    extend(used, RewarmCallback(1e-2), GradNormLoRPCallback(4)).train()
+
+
+def test_a_wrapper_without_a_name(tmp_path: Path) -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self, model: Any):
+            super().__init__()
+            self.config = model.config
+            self.inner = model
+
+    wrapper = Wrapper(tiny.model())
+    wrapper.config._commit_hash = "c" * 40
+    stage = continue_from(tiny.trainer(tmp_path, model=wrapper, **SAVES), wrapper).plugin_run.beginning.earlier[0]
+    assert stage.base is not None and stage.base["revision"] is None and stage.base["path"] == "Wrapper"
+
+
+def test_a_source_beside_the_training_data_is_one_of_its_own(tmp_path: Path) -> None:
+    class Beside(TrainerPlugin):
+        name = "beside"
+
+        def wrap_plan(self, plan: SamplePlan, setup: Any) -> SamplePlan:
+            code = Source("code", 30, dataset=tiny.rows(30, seed=4))
+            return dataclasses.replace(plan, sources=(*plan.sources, code), segments=(Segment(0, (3, 1)),))
+
+    trained(tmp_path, infinite(), Beside())
+    [stage] = read_stages(tmp_path) or ()
+    assert [(source.name, source.rows, source.samples) for source in stage.sources] == [
+        ("stage-1", 40, 18),
+        ("code", 30, 6),
+    ]
+    assert len({source.fingerprint for source in stage.sources}) == 2
+
+
+def test_saving_after_a_training_that_could_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved is the stage before, whose plan had other sources, or none."""
+    trainer = trained(tmp_path / "one", infinite())
+
+    def broken(dataset: Any) -> str:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_pretrain_ext.run.fingerprint", broken)
+        with pytest.raises(OSError, match="the disk is gone"):
+            extend(trainer, plan_only()).train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert told(tmp_path / "saved") == [(1, "stage-1", 6, 24)]

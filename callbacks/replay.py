@@ -58,9 +58,10 @@ class ReplayCallback(TrainerPlugin):
         ratio_changes (`dict`, *optional*): later ratios by the point of the run from which they hold: an int is a
             step, a float below 1 a fraction of the run, a string says its unit: `{0.5: 0.1, "2B tokens": 0.05}`.
         from_history (`bool`, *optional*, defaults to `False`): in a stage begun with `continue_from`, replay what all
-            earlier stages read, under the names of `stages.json`. Each source has a share in what is replayed in
-            proportion to the tokens that the model's life has seen of it, which gives the weights of the released
-            multi-stage configurations of Ibrahim et al. (2024). Rows are opened again from their cache files.
+            earlier stages read, under the names of `stages.json`: of a stage with a plan the very rows. Each source
+            has a share in what is replayed in proportion to the tokens that the model's life has seen of it, which
+            gives the weights of the released multi-stage configurations of Ibrahim et al. (2024). Rows are opened
+            again from their cache files.
         data (`dict[str, dataset]`, *optional*): with `from_history`: rows for sources by name, prepared like
             `dataset`: those that cannot be opened again, those that something else is to stand in for (public data
             like it, text that the model generated), and `"base"` for what a base without history was trained on, which

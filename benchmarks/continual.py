@@ -25,6 +25,7 @@ import os
 import platform
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -527,7 +528,7 @@ class Results:
         total, finished, began = len(left), 0, time.perf_counter()
         cores, spawn = len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
         # Without max_tasks_per_child: with it, Python 3.11 stops handing out tasks once a worker was replaced.
-        with ProcessPoolExecutor(cores, mp_context=spawn) as pool:
+        with ProcessPoolExecutor(cores, mp_context=spawn, initializer=end_with_parent) as pool:
             working: set[Future[dict[str, Any]]] = set()
             while left or working:
                 ready = [(run, seed) for run, seed in left if run.parent is None or (run.parent, seed) in self.done]
@@ -545,6 +546,18 @@ class Results:
                         f"{figures['run']:32} seed {figures['seed']}  {losses}  ({figures['seconds']:.0f} s)",
                         flush=True,
                     )
+
+
+def end_with_parent() -> None:
+    """In a worker: a kill of the parent alone would leave it at work, for nobody."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def best_rate(results: Results, kind: str) -> float | None:

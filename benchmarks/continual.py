@@ -325,7 +325,8 @@ def make_plugins(run: Run, data: dict[str, Any], steps: int) -> list[Any]:
     made: list[Any] = []
     for name, given in run.plugins:
         if name == "rewarm":
-            made.append(callbacks.RewarmCallback(**given))
+            # A short run has no warm-up of 1 %, and a constant rate is the host's own then.
+            made.append(callbacks.RewarmCallback(**given, allow_no_effect=True))
         elif name == "infinite":
             # The run stops at the end of the constant phase: the schedule is longer, and its anneal never comes.
             longer = {"schedule": "infinite_cosine", "min_lr": FLOOR, "total_steps": round(steps / 0.86)}
@@ -535,7 +536,11 @@ class Results:
                 left = [task for task in left if task not in ready]
                 working |= {pool.submit(train, (run, seed, self.scale, str(self.folder))) for run, seed in ready}
                 ended, working = wait(working, return_when=FIRST_COMPLETED)
-                for figures in (future.result() for future in ended):
+                for future in ended:
+                    if future.exception() is not None:
+                        # Now, and not when all the others are through.
+                        pool.shutdown(wait=False, cancel_futures=True)
+                    figures = future.result()
                     finished += 1
                     self.done[figures["run"], figures["seed"]] = figures
                     with self.path.open("a") as file:

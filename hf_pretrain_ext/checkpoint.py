@@ -20,6 +20,7 @@ from hf_pretrain_ext.trace import plain, versions
 from hf_pretrain_ext.values import reason, shown
 
 __all__ = [
+    "STAGES_NAME",
     "STATE_FOLDER",
     "CheckpointError",
     "file_digest",
@@ -31,9 +32,9 @@ __all__ = [
 ]
 
 STATE_FOLDER = "hf_pretrain_ext"
+STAGES_NAME = "stages.json"
 _STATE = "state.json"
 _MANIFEST = "manifest.json"
-_STAGES = "stages.json"
 _FORMAT = 1
 _PART = ".hpe-part"
 # The SIGTERM checkpoint keeps this file while it saves and removes it afterwards.
@@ -191,7 +192,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[
 
 def _stage_number(checkpoint: Path) -> int | None:
     """Of the stage that a checkpoint is of; None where it does not tell."""
-    path = checkpoint / STATE_FOLDER / _STAGES
+    path = checkpoint / STATE_FOLDER / STAGES_NAME
     if not path.is_file():
         return None
     try:

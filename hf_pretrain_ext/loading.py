@@ -20,7 +20,17 @@ from hf_pretrain_ext.regularise import weights_digest
 from hf_pretrain_ext.rng import rng_guard
 from hf_pretrain_ext.values import reason
 
-__all__ = ["base_digest", "carry_optimizer", "fits", "is_sharded", "load_weights", "state_of", "weight_files"]
+__all__ = [
+    "base_parts",
+    "carry_optimizer",
+    "fits",
+    "is_adapter",
+    "is_sharded",
+    "load_weights",
+    "others_below",
+    "state_of",
+    "weight_files",
+]
 
 _INDEX, _SINGLE, _ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
 _LISTED = 8
@@ -70,16 +80,9 @@ def is_sharded(model: Any) -> bool:
     return any(hasattr(param, "ds_id") or hasattr(param, "full_tensor") for param in model.parameters())
 
 
-def base_digest(model: Any) -> str | None:
-    """A hash of the weights below an adapter, which its checkpoints do not hold; None where there are none, or no rank
-    has them whole."""
-    if not hasattr(model, "peft_config") or is_sharded(model):
-        return None
-    return weights_digest({name: param for name, param in model.named_parameters() if not param.requires_grad})
-
-
 def base_parts(model: Any) -> dict[str, str] | None:
-    """Type, shape and hash of each weight below an adapter, by name; None as [`base_digest`]."""
+    """Type, shape and hash of each weight below an adapter, which its checkpoints do not hold; None where there are
+    none, or no rank has them whole."""
     if not hasattr(model, "peft_config") or is_sharded(model):
         return None
     return {name: _part(name, param) for name, param in model.named_parameters() if not param.requires_grad}

@@ -23,7 +23,7 @@ from hf_pretrain_ext.data import fingerprint, is_map_style
 from hf_pretrain_ext.identity import compare, compared_arguments
 from hf_pretrain_ext.lengths import host_length, run_length
 from hf_pretrain_ext.loader import COUNTS, MARKS, PlanBatchSampler, PlanDataset, private_copy
-from hf_pretrain_ext.loading import base_digest, base_parts
+from hf_pretrain_ext.loading import base_parts
 from hf_pretrain_ext.nonfinite import NonFiniteWatch
 from hf_pretrain_ext.plan import SamplePlan, Segment
 from hf_pretrain_ext.plan.tokens import Cursor
@@ -337,7 +337,7 @@ class PluginRun:
         self._marks, self._marks_ahead, self._dataset, self._sampler = {}, {}, None, None
         self._pending, self._restored, self._before_step, self.resumed_at = {}, None, None, None
         self.nonfinite.begin()
-        self._base, self._below = base_digest(self.trainer.model), base_parts(self.trainer.model)
+        self._below = base_parts(self.trainer.model)
         for plugin in self.plugins:
             plugin.begin()
         if resume_from is not None:
@@ -441,7 +441,7 @@ class PluginRun:
                 f"begin a new stage with its history: {continue_call(resume_from)}."
             )
         compare(resume_from, saved["identity"], self.identity())
-        if saved.get("base") not in (None, self._base):
+        if saved.get("below") not in (None, self._below):
             parent = (self.beginning.parent or {}).get("path")
             raise checkpoint.CheckpointError(
                 f"{resume_from} holds an adapter, and the model below it has other weights here than when it was "
@@ -640,7 +640,6 @@ class PluginRun:
                 "streams": {name: mark.to_json() for name, mark in self._marks.items()},
                 "segments": [[segment.start, list(segment.weights)] for segment in self._added()],
                 "cursor": self._cursor(),
-                "base": self._base,
                 "below": self._below,
                 "plugins": {plugin.name: plugin.state() for plugin in self.plugins},
             },

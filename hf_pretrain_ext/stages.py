@@ -6,7 +6,6 @@ The file lies in `hf_pretrain_ext/` of every checkpoint and, once a stage has en
                                        `older_weights` besides, where it was written as training ended: size and hash
                                        of weight files that lay there already, by name
 
-
     number, name, kind        0 for a base whose training is not known; "unknown", "stage" or "anneal"
     begun_by                  "train" or "continue_from"
     base                      of "unknown": path, revision and what its config and card say
@@ -37,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_pretrain_ext.checkpoint import STATE_FOLDER, CheckpointError, file_digest, write_json
+from hf_pretrain_ext.checkpoint import STAGES_NAME, STATE_FOLDER, CheckpointError, file_digest, write_json
 from hf_pretrain_ext.home import with_home, without_home
 from hf_pretrain_ext.schedules import LRPhase, LRSchedule
 from hf_pretrain_ext.values import reason, shown
@@ -61,7 +60,6 @@ __all__ = [
     "write_stages",
 ]
 
-STAGES_NAME = "stages.json"
 _FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _DECAYS = ("anneal", "decay")

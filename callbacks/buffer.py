@@ -78,7 +78,7 @@ class BufferCallback(TrainerPlugin):
     ```python
     extend(trainer, BufferCallback("seen", max_bytes="10 GB")).train()
     # In the next stage, of another script:
-    old = ReplayBuffer.open("seen").copy("runs/stage-2/replayed").dataset()
+    old = ReplayBuffer.open("seen").copy("seen-in-stage-1").dataset()
     extend(trainer, ReplayCallback(old, ratio=0.25), BufferCallback("seen", max_bytes="10 GB")).train()
     ```
     """

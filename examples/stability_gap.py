@@ -5,7 +5,7 @@
 Real text, a Llama of 0.2M parameters, about a minute on a CPU. English prose of two sources is what the model
 knows; Python modules are new. Two stages of equally many tokens start from the same weights: one pass over modules as
 they come, and four passes over the best of them beside the old sources. `subset.jsonl`, `topics.jsonl`,
-`docstrings.jsonl` and the model in `base` are what `examples/stability_gap.yaml` reads:
+`docstrings.jsonl`, `held_out.jsonl` and the model in `base` are what `examples/stability_gap.yaml` reads:
 
     hf-pretrain-ext train examples/stability_gap.yaml
 """

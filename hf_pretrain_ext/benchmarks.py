@@ -24,7 +24,7 @@ Figures = dict[str, dict[str, dict[str, Any]]]
 @dataclass(frozen=True)
 class BenchmarkConfig:
     """
-    Which benchmarks, and how. The defaults are lm-eval's own.
+    Which benchmarks, and how. The defaults are lm-eval's own, but for `batch_size` and `bootstrap_iters`.
 
     Args:
         tasks (`str` or `list[str]`): names of tasks or groups, as `lm_eval ls tasks` lists them.

@@ -502,7 +502,7 @@ def _filling(trainer: Any, origin: Origin, began: Beginning) -> Callable[[Any], 
         )
     if _host.sharding(trainer) != "ddp":
         raise ValueError(
-            f"carry='optimizer' is not possible under {_host.sharding(trainer)}, whose optimizer states are split "
+            f"'optimizer' in carry is not possible under {_host.sharding(trainer)}, whose optimizer states are split "
             "over ranks. Leave 'optimizer' out, or train with DDP"
         )
     checkpoint.check_listed(origin.folder, "optimizer.pt", what="carry the moments of")

@@ -30,7 +30,7 @@ def copies(trained: int, dtype: torch.dtype) -> dict[str, int]:
 _NOTES = {
     "ReptileCallback": "where the last interval began, in 32 bits; with anchor_device='cpu' not on the device",
     "L2InitCallback": "where training began, in the weights' type; with anchor_device='cpu' not on the device",
-    "SelfDistillationCallback": "the teacher; none where an adapter is trained, whose base is the teacher",
+    "SelfDistillationCallback": "the teacher; none where an adapter alone is trained, whose base is the teacher",
 }
 
 

@@ -342,8 +342,7 @@ def _recipe(given: dict[str, Any]) -> Recipe:
     if "rewarm" in given:
         from hf_pretrain_ext.callbacks import RewarmCallback
 
-        _made(RewarmConfig, given["rewarm"], "rewarm", numbers_as_text=True)
-        recipe.rewarm = dict(given["rewarm"])
+        recipe.rewarm = _with_flags(given["rewarm"], "rewarm", RewarmConfig, ("go_on", "allow_no_effect"))
         _tried(RewarmCallback, recipe.rewarm, "rewarm")
     if "replay" in given:
         from hf_pretrain_ext.callbacks import ReplayCallback
@@ -352,7 +351,7 @@ def _recipe(given: dict[str, Any]) -> Recipe:
         if past and not stage:
             raise RecipeError("replay.from_history: there is no history without `continue_from` or `anneal`")
         recipe.replay, recipe.replay_sources = _with_data(
-            given["replay"], "replay", "sources", ReplayConfig, ("from_history",), optional=past
+            given["replay"], "replay", "sources", ReplayConfig, ("from_history", "allow_no_effect"), optional=past
         )
         weights = {name: spec.weight for name, spec in recipe.replay_sources.items() if spec.weight is not None}
         if weights:
@@ -444,6 +443,14 @@ def _plugin(name: str, given: Any) -> dict[str, Any]:
 def _without_weight(spec: DataConfig | None, section: str) -> None:
     if spec is not None and spec.weight is not None:
         raise RecipeError(f"{section}.weight means nothing there: only replay.sources have weights. Leave it out")
+
+
+def _with_flags(given: Any, section: str, config: type, flags: tuple[str, ...]) -> dict[str, Any]:
+    """A section of the settings of `config` and of `flags`, which only the plug-in takes."""
+    settings = dict(_settings(given, section))
+    _known(settings, {f.name for f in dataclasses.fields(config)} | set(flags), section)
+    _made(config, {name: value for name, value in settings.items() if name not in flags}, section, numbers_as_text=True)
+    return settings
 
 
 def _with_data(

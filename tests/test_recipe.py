@@ -319,6 +319,26 @@ def test_a_stage_after_others(world: Path, first_stage: Path, tmp_path: Path) ->
     assert {source.name: source.replayed for source in stages[2].sources} == {"second": False, "stage-1": True}
 
 
+def test_a_stage_that_warms_up_all_the_same(world: Path, first_stage: Path, tmp_path: Path) -> None:
+    """`go_on` and `allow_no_effect` are settings of plug-ins, not of the schedule or the mixture."""
+    settings = later(
+        world,
+        tmp_path / "out",
+        continue_from={"checkpoint": str(first_stage)},
+        rewarm={"peak_lr": 1e-2, "schedule": "infinite_cosine", "total_steps": 40, "warmup": 2, "go_on": False},
+        replay={"sources": {"old": {"path": "json", "data_files": str(world / "old.jsonl")}}, "ratio": 0},
+    )
+    with pytest.raises(PluginError, match="allow_no_effect=True"):
+        load_recipe(written(tmp_path / "r.yaml", settings)).build()
+    made = load_recipe(tmp_path / "r.yaml", ["replay.allow_no_effect=true"]).build()
+    learning_rate = made.preview().learning_rate
+    assert learning_rate is not None and learning_rate["rates"][:3] == [0.0, 5e-3, 1e-2]
+    with pytest.raises(RecipeError, match="go_on must be"):
+        load_recipe(tmp_path / "r.yaml", ["rewarm.go_on=3"])
+    with pytest.raises(RecipeError, match="did you mean 'go_on'"):
+        load_recipe(tmp_path / "r.yaml", ["rewarm.goon=true"])
+
+
 def test_a_branch_to_deploy(world: Path, first_stage: Path, tmp_path: Path) -> None:
     settings = later(world, tmp_path / "out", anneal={"checkpoint": str(first_stage), "steps": 5, "min_lr": "10%"})
     path = written(tmp_path / "r.yaml", settings)

@@ -871,6 +871,10 @@ def write_page(results: Results, path: Path) -> Page:
         )
 
     lines += ["## 4. Reptile (Abbes et al.)", ""]
+    lines += [
+        "Replay takes the place of new data here, as in section 1; Abbes et al. read replayed rows besides all of it.",
+        "",
+    ]
     lines += page.table(
         [replay_arm(0.25), *(f"replay 25 %, Reptile {e:g}" for e in EPSILONS), FULL, "Reptile 0.1 alone"],
         {FULL: "neither"},
@@ -950,8 +954,8 @@ def write_page(results: Results, path: Path) -> Page:
     if page.runs(frozen):
         lines += page.claim(
             "gradnormlorp",
-            "LoRA learns less and forgets less (Biderman et al.)",
-            "LoRA learns less and forgets less than full training (Biderman et al., 2024; adapters alone).",
+            "LoRA learns less and forgets less (D. Biderman et al.)",
+            "LoRA learns less and forgets less than full training (D. Biderman et al., 2024; adapters alone).",
             f"{FROZEN}, minus full: new {_cell(d(frozen, full, 'german'), signed=True)}, old "
             f"{_cell(d(frozen, full, 'english'), signed=True)}.",
             f"Learns less: {_verdict(d(frozen, full, 'german'), 1)}. Forgets less: "
@@ -970,6 +974,7 @@ def write_page(results: Results, path: Path) -> Page:
 
     if any(page.runs(run.name) for run in SECTIONS["datafree"]):
         lines += ["## 7. Without any old data", ""]
+        lines += ["The pull takes the place of weight decay: its arms have none.", ""]
         lines += page.table([FULL, *(run.name for run in SECTIONS["datafree"]), replay_arm(0.01)])
         for card, label, paper, tried in (
             (

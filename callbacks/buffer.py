@@ -49,7 +49,8 @@ LONGEST = 200
 class BufferCallback(TrainerPlugin):
     """Keeps a uniform sample of the rows that training sees in a buffer on disk; changes nothing.
 
-    For data that cannot be read again: a later stage replays from the buffer with [`ReplayCallback`]. Every row that
+    For data that cannot be read again: in a later stage, `ReplayCallback(from_history=True)` replays from the buffer
+    what is not to be had from its files. Every row that
     is read for the first time has the same chance to be in it, over all stages that write to the folder
     (`hf_pretrain_ext.buffer` says which rows are kept, and how far rows of other lengths are from that). Rows are kept
     as the collator gets them: tokenized columns that the model takes. Rows of later passes and replayed rows are not
@@ -77,9 +78,9 @@ class BufferCallback(TrainerPlugin):
 
     ```python
     extend(trainer, BufferCallback("seen", max_bytes="10 GB")).train()
-    # In the next stage, of another script:
-    old = ReplayBuffer.open("seen").copy("seen-in-stage-1").dataset()
-    extend(trainer, ReplayCallback(old, ratio=0.25), BufferCallback("seen", max_bytes="10 GB")).train()
+    # The next stage, of another script, has both among its callbacks:
+    callbacks = [ReplayCallback(from_history=True, ratio=0.25), BufferCallback("seen", max_bytes="10 GB")]
+    continue_from(Trainer(model, args, collator, stream, callbacks=callbacks), "runs/first/checkpoint-1000").train()
     ```
     """
 
@@ -217,6 +218,7 @@ class BufferCallback(TrainerPlugin):
         self._resumed: dict[str, int] | None = None
         self._start = self._seen = self._total = self._through = 0
         self._bound = 0
+        self._name = ""
         self._epochs = -1
         self._coming: list[_Served] = []
         self._coming_step = -1
@@ -225,16 +227,18 @@ class BufferCallback(TrainerPlugin):
         self._written: Future[None] | None = None
 
     def state(self) -> dict[str, Any]:
-        return {"start": self._start, "seen": self._total}
+        return {"start": self._start, "seen": self._total, "run": self._name}
 
     def load_state(self, state: dict[str, Any]) -> None:
         if state:
             self._resumed = {"start": int(state["start"]), "seen": int(state["seen"])}
+            self._name = str(state["run"])
 
     def recorded(self) -> dict[str, Any]:
         if self.run is None:
             return {}
-        return {"folder": str(self._where(self.run.output_dir)), **self.state()}
+        # A later stage may look for it from another working folder.
+        return {"folder": os.path.abspath(self._where(self.run.output_dir)), **self.state()}
 
     def describe(self) -> list[str]:
         if self.run is None:
@@ -248,6 +252,8 @@ class BufferCallback(TrainerPlugin):
         if run is None:
             return
         self._handed_over = run.step
+        if self._resumed is None:
+            self._name = self._identity()
         told = torch.zeros(4, dtype=torch.int64, device=run.device)
         failure: ReplayBufferError | None = None
         if run.is_main:
@@ -276,7 +282,7 @@ class BufferCallback(TrainerPlugin):
             self._writer.resume_stage(self._start, self._start + run.step * run.global_batch)
             return
         earlier, stages = self._writer.seen, len(self._writer.manifest.stages)
-        self._start = self._writer.begin_stage(self.unfinished, self._identity())
+        self._start = self._writer.begin_stage(self.unfinished, self._name)
         if len(self._writer.manifest.stages) == stages > 0:
             run.say("buffer: this run was begun before: rows that it added then are not added again")
         elif earlier:

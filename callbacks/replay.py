@@ -12,9 +12,10 @@ from typing import Any, cast
 import numpy as np
 
 from hf_pretrain_ext import data
+from hf_pretrain_ext.buffer import ReplayBuffer
 from hf_pretrain_ext.checks import stream_problems
 from hf_pretrain_ext.lengths import run_length
-from hf_pretrain_ext.past_data import ReplayedHistory
+from hf_pretrain_ext.past_data import ReplayedHistory, copy_of_buffer
 from hf_pretrain_ext.plan import SamplePlan, Source
 from hf_pretrain_ext.plan.plan import Unit
 from hf_pretrain_ext.plugin import PluginError, Problem, Setup, TrainerPlugin
@@ -61,7 +62,8 @@ class ReplayCallback(TrainerPlugin):
             earlier stages read, under the names of `stages.json`: of a stage with a plan the very rows. Each source
             has a share in what is replayed in proportion to the tokens that the model's life has seen of it, which
             gives the weights of the released multi-stage configurations of Ibrahim et al. (2024). Rows are opened
-            again from their cache files.
+            again from their cache files, and where that cannot be (streams), from the buffer that a
+            [`BufferCallback`] kept, of which a copy is put into `_replayed` in `output_dir`.
         data (`dict[str, dataset]`, *optional*): with `from_history`: rows for sources by name, prepared like
             `dataset`: those that cannot be opened again, those that something else is to stand in for (public data
             like it, text that the model generated), and `"base"` for what a base without history was trained on, which
@@ -119,6 +121,7 @@ class ReplayCallback(TrainerPlugin):
         self.from_history = check_flag("from_history", from_history)
         self.past = _past(self.from_history, dataset, data)
         self.datasets = {} if self.past is not None else _named(dataset)
+        self._copies: dict[str, str] = {}
         if self.past is None and self.config.weights and set(self.config.weights) != set(self.datasets):
             raise ValueError(
                 f"weights must name the datasets {sorted(self.datasets)}, got {sorted(self.config.weights, key=str)}"
@@ -135,7 +138,10 @@ class ReplayCallback(TrainerPlugin):
         return {**given, "from_history": True} if self.from_history else given
 
     def recorded(self) -> dict[str, Any]:
-        return {} if self.past is None else {"from_history": sorted(self.datasets)}
+        if self.past is None:
+            return {}
+        copies = [{"folder": folder, "copy": copy} for folder, copy in self._copies.items()]
+        return {"from_history": sorted(self.datasets), **({"buffers": copies} if copies else {})}
 
     # Checks
 
@@ -187,7 +193,14 @@ class ReplayCallback(TrainerPlugin):
         # What an earlier stage read from files was prepared then.
         prepared = {name: setup.prepare(given, name) for name, given in past.given.items()}
         in_order = self.config.order == "original"
-        findings = past.find(setup.beginning, self.config.weights, prepared, training, in_order)
+        self._copies.clear()
+
+        def copied(folder: str) -> ReplayBuffer:
+            buffer = copy_of_buffer(folder, setup.args.output_dir, setup.beginning.number)
+            self._copies[folder] = str(buffer.folder)
+            return buffer
+
+        findings = past.find(setup.beginning, self.config.weights, prepared, training, in_order, copied)
         if not any(fatal for _, _, fatal in findings):
             self.datasets = dict(past.datasets)
             past.found_for = (setup.trainer, setup.beginning, training)

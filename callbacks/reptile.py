@@ -21,7 +21,8 @@ class ReptileCallback(TrainerPlugin):
 
     θ₀ is where the last interpolation, or training, left them. Beside [`ReplayCallback`] this is meta-experience
     replay. Works with any optimizer that updates in `step`; one copy of the trained weights is kept, in 32 bits, and
-    saved with the optimizer.
+    saved with the optimizer. In a branch of [`anneal`] it stands aside: each interpolation would take most of the
+    anneal back.
 
     Args:
         every (`int`, `float` or `str`, *optional*, defaults to 500): steps between two interpolations, as an int
@@ -92,7 +93,7 @@ class ReptileCallback(TrainerPlugin):
                 "epsilon=1 keeps the whole way and would change nothing",
                 "Lower it, or pass allow_no_effect=True.",
             )
-        if setup.total_steps is None:
+        if setup.total_steps is None or setup.beginning.anneal is not None:
             return
         in_tokens = "token" in str(self.every)
         try:
@@ -116,6 +117,8 @@ class ReptileCallback(TrainerPlugin):
 
     def wrap_optimizer(self, optimizer: Any) -> Any:
         assert self.run is not None
+        if self.run.beginning.anneal is not None:
+            return optimizer
         check_holds(optimizer, self.run.model)
         in_tokens = "token" in str(self.every)
         every = self._steps(self.run.total_steps, self.run.tokens_per_step if in_tokens else None)
@@ -143,7 +146,7 @@ class ReptileCallback(TrainerPlugin):
         self.run.trace("reptile", **scalars)
 
     def marks(self, total_steps: int) -> list[int]:
-        if self.run is None:
+        if self.run is None or self.run.beginning.anneal is not None:
             return []
         in_tokens = "token" in str(self.every)
         every = self._steps(total_steps, self.run.tokens_per_step if in_tokens else None)
@@ -152,6 +155,8 @@ class ReptileCallback(TrainerPlugin):
     def describe(self) -> list[str]:
         if self.run is None:
             return []
+        if self.run.beginning.anneal is not None:
+            return [f"{self.name}: stands aside in an annealing branch, which an interpolation would take back"]
         marks = self.marks(self.run.total_steps)
         bytes_kept = anchor_bytes(self.run.model)
         if not marks:

@@ -61,8 +61,9 @@ def stability_gap(
     Size of the subset and passes over it, for a run that reads `budget_tokens` in all (Guo et al., 2024).
 
     They keep 5B of 50B tokens, the best by quality, for 4 passes in place of one pass over all, and the old sources at
-    the rate of the original mixture (18 %), resampled in every pass: 20B tokens read. Here the subset is what fits a
-    run's budget so; that it may be read so for other sizes is an extrapolation.
+    the rate of the original mixture (18 %), resampled in every pass: 20B tokens read. Whether their 5B are all of a
+    pass or its new tokens alone, the paper does not say; here they are all of it, 4.1B new and 0.9B old. The subset is
+    what fits a run's budget so; that it may be read so for other sizes is an extrapolation.
 
     Args:
         budget_tokens (`float`): tokens that the run reads, old ones included.

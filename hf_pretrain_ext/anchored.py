@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch.optim import Optimizer
 
 from hf_pretrain_ext.values import shown
 
-__all__ = ["DEVICES", "Anchored", "check_holds", "total"]
+__all__ = ["DEVICES", "Anchored", "bare", "check_holds", "total"]
 
 DEVICES = ("weights", "cpu")
 
@@ -144,6 +145,13 @@ class Anchored(Optimizer):
             for number, param in zip(numbers, params, strict=False)
             if number in anchors
         }
+
+
+def bare(optimizer: Any) -> Any:
+    """The optimizer that makes the steps, below accelerate's wrapper and those that keep a copy of the weights."""
+    while isinstance(optimizer, Anchored | AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def check_holds(optimizer: Optimizer, model: torch.nn.Module) -> None:

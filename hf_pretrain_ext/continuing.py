@@ -35,7 +35,7 @@ from hf_pretrain_ext.run_stage import life_of_model, remember_life, revision_of
 from hf_pretrain_ext.stages import STAGES_NAME, Beginning, Stage, check_name, read_stages
 from hf_pretrain_ext.trainer import PlanConfig, extend
 from hf_pretrain_ext.units import to_point, to_rate
-from hf_pretrain_ext.values import shown
+from hf_pretrain_ext.values import reason, shown
 
 __all__ = ["anneal", "continue_from"]
 
@@ -253,9 +253,17 @@ def _origin(trainer: Any, given: Any, revision: str | None) -> Origin:
             found[0] = _from_folder(os.fspath(given), revision)
         except (CheckpointError, ValueError) as error:
             found[1] = _or_resume(error, trainer)
+        except Exception as error:  # the other ranks wait for what this one found, whatever it is
+            found[1] = CheckpointError(f"{os.fspath(given)} cannot be read ({reason(error)})")
     origin, refusal = broadcast_object_list(found)
     if refusal is not None:
         raise refusal
+    there = origin.folder is None or origin.folder.is_dir()
+    if lacking := [rank for rank, is_there in enumerate(_gathered(trainer, there)) if not is_there]:
+        raise CheckpointError(
+            f"{origin.text} is {origin.folder} on the first rank, and not to be seen by rank {lacking[0]}: put it "
+            "where all nodes see it, or under the same path on each"
+        )
     return cast(Origin, origin)
 
 
@@ -490,20 +498,18 @@ def _filling(trainer: Any, origin: Origin, began: Beginning) -> Callable[[Any], 
     """What puts the moments into the new optimizer, once there is one."""
     if "optimizer" not in began.carry:
         return None
+    branch = began.kind == "anneal"
+    stage = "begin a stage from its weights: continue_from, with RewarmCallback(schedule='linear', warmup=0)"
+    without = stage if branch else "leave 'optimizer' out of carry"
     if not origin.ours or origin.folder is None:
-        how = (
-            "Name one (checkpoint-N), or begin a stage from its weights: continue_from, with "
-            "RewarmCallback(schedule='linear', warmup=0)"
-            if began.kind == "anneal"
-            else "Leave 'optimizer' out of carry"
-        )
         raise CheckpointError(
-            f"{origin.text} is no checkpoint of a run with plug-ins, so that it has no moments to carry. {how}"
+            f"{origin.text} is no checkpoint of a run with plug-ins, so that it has no moments to carry. Name one "
+            f"(checkpoint-N), or {without}"
         )
     if _host.sharding(trainer) != "ddp":
         raise ValueError(
-            f"'optimizer' in carry is not possible under {_host.sharding(trainer)}, whose optimizer states are split "
-            "over ranks. Leave 'optimizer' out, or train with DDP"
+            f"moments cannot be carried under {_host.sharding(trainer)}, whose optimizer states are split over ranks. "
+            f"Train with DDP, or {without}"
         )
     checkpoint.check_listed(origin.folder, "optimizer.pt", what="carry the moments of")
     if not (origin.folder / "optimizer.pt").is_file():

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from hf_pretrain_ext.anchored import Anchored
+from hf_pretrain_ext.anchored import bare
 from hf_pretrain_ext.checkpoint import CheckpointError, reading
-from hf_pretrain_ext.regularise import weights_digest
+from hf_pretrain_ext.regularise import L2Init, weights_digest
+from hf_pretrain_ext.reptile import Reptile
 from hf_pretrain_ext.rng import rng_guard
 from hf_pretrain_ext.values import reason
 
@@ -307,11 +308,11 @@ def carry_optimizer(optimizer: Any, folder: str | Path, was: str | None = None) 
     def refused(why: str) -> CheckpointError:
         return CheckpointError(
             f"the optimizer state of {folder} cannot be carried over: {why}. Train with the optimizer of that "
-            "checkpoint, plug-ins around it (ReptileCallback) included. Leave 'optimizer' out of carry to begin with "
+            "checkpoint. Leave 'optimizer' out of carry to begin with "
             "fresh moments (continue_from; a branch of anneal needs the old ones)"
         )
 
-    now = type(optimizer).__name__
+    now = type(bare(optimizer)).__name__
     if was is not None and was != now:
         raise refused(f"it is that of {was}, and this stage trains with {now}")
     with reading(folder, "optimizer.pt"):
@@ -331,7 +332,7 @@ def carry_optimizer(optimizer: Any, folder: str | Path, was: str | None = None) 
                     f"{key} of parameter {number} has the shape {tuple(value.shape)}, and the parameter "
                     f"{tuple(param.shape)}"
                 )
-    left = _left_behind(optimizer)
+    left = {key for kind in (L2Init, Reptile) for key in (kind.anchor_key, *kind.numbers)}
     state = {number: {k: v for k, v in held.items() if k not in left} for number, held in saved["state"].items()}
     settings = {*optimizer.defaults, "lr", "initial_lr", "params", *left}
     fresh = optimizer.state_dict()["param_groups"]
@@ -345,17 +346,6 @@ def carry_optimizer(optimizer: Any, folder: str | Path, was: str | None = None) 
         raise refused(reason(error, 300)) from error
 
 
-def _left_behind(optimizer: Any) -> set[str]:
-    """Keys, of state and of groups, in which wrappers keep what belongs to the stage."""
-    keys: set[str] = set()
-    while isinstance(optimizer, Anchored):
-        keys |= {optimizer.anchor_key, *optimizer.numbers}
-        optimizer = optimizer.optimizer
-    return keys
-
-
 def _is_torchs(optimizer: Any) -> bool:
     """Whether it is one of `torch.optim`, wrapped or not."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    return type(optimizer).__module__.startswith("torch.optim")
+    return type(bare(optimizer)).__module__.startswith("torch.optim")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from hf_pretrain_ext.buffer import ReplayBuffer, ReplayBufferError
+from hf_pretrain_ext.checkpoint import last_complete_checkpoint
 from hf_pretrain_ext.plan.plan import Order, Source, first_rows
 from hf_pretrain_ext.sources import identified, reopen
-from hf_pretrain_ext.stages import Beginning, LifeSource, life_of
+from hf_pretrain_ext.stages import Beginning, LifeSource, life_of, read_stages
 from hf_pretrain_ext.values import is_number, shown
 
-__all__ = ["ReplayedHistory"]
+__all__ = ["ReplayedHistory", "copy_of_buffer"]
+
+COPIES = "_replayed"
+"""Folder in `output_dir`; pushes to the Hub leave out what begins with `_`."""
 
 Finding = tuple[str, str, bool]
 """What there is to say, what to do, and whether it is in the way."""
@@ -44,6 +51,7 @@ class ReplayedHistory:
         prepared: Mapping[str, Any] | None = None,
         training: str | None = None,
         in_order: bool = False,
+        buffers: Callable[[str], ReplayBuffer] = ReplayBuffer.open,
     ) -> list[Finding]:
         """Looks for the rows of every source; nothing is read but a sample of those that are opened from files.
 
@@ -54,6 +62,8 @@ class ReplayedHistory:
             training (`str`, *optional*): fingerprint of the training data: what is read anyway is not replayed too.
             in_order (`bool`): whether the order of rows matters, which is then that of their first visit. Otherwise a
                 source that was read to its end is left in the order of its files.
+            buffers (`Callable[[str], ReplayBuffer]`, *optional*): opens a replay buffer by its folder, for sources
+                that are not to be had from files.
         """
         given = self.given if prepared is None else prepared
         unknown = [stage.name for stage in beginning.history if stage.kind == "unknown"]
@@ -77,7 +87,18 @@ class ReplayedHistory:
             try:
                 found[name] = _reopened(source, in_order)
             except ValueError as error:
-                lost.append((source, str(error)))
+                try:
+                    found[name] = _buffered(source, buffers)
+                except ValueError as second:
+                    lost.append((source, f"{error}, and {second}"))
+                    continue
+                findings.append(
+                    (
+                        f"{name!r} is replayed from its replay buffer: {len(found[name]):,} of its rows ({error})",
+                        "Nothing has to be done.",
+                        False,
+                    )
+                )
         findings += [_lost(lost)] if lost else []
         findings += self._base(unknown)
         self.datasets = {**found, **{name: given[name] for name in unknown if name in given}}
@@ -173,6 +194,44 @@ def _reopened(source: LifeSource, in_order: bool) -> Any:
     return _visited(source, dataset, in_order)
 
 
+def _buffered(source: LifeSource, buffers: Callable[[str], ReplayBuffer]) -> Any:
+    """Raises `ValueError` that says why the rows of a source are in no buffer."""
+    from datasets import concatenate_datasets
+
+    if not source.kept:
+        raise ValueError("no BufferCallback kept its rows")
+    parts, faults = [], []
+    for folder, run, start, stop in source.kept:
+        try:
+            buffer = buffers(folder)
+            if all((stage.run, stage.start) != (run, start) for stage in buffer.manifest.stages):
+                raise ReplayBufferError(f"the replay buffer {folder} was made anew since")
+            parts.append(buffer.dataset(start, stop))
+        except ReplayBufferError as error:
+            faults.append(str(error))
+    if not parts:
+        raise ValueError("; ".join(faults))
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def copy_of_buffer(folder: str, output_dir: str, stage: int) -> ReplayBuffer:
+    """
+    A copy of the buffer in `folder` that stays as it is while this or another run adds rows; the same one on a resume.
+
+    Raises:
+        [`ReplayBufferError`]: there is no buffer, it is damaged, or the copy cannot be written.
+    """
+    newest, _ = last_complete_checkpoint(output_dir)
+    earlier = (read_stages(newest) if newest else None) or ()
+    if earlier and earlier[-1].number == stage:
+        for kept in (earlier[-1].recorded.get("replay") or {}).get("buffers") or ():
+            if kept["folder"] == folder:
+                return ReplayBuffer.open(kept["copy"])
+    live = ReplayBuffer.open(folder, verify=False)
+    state = hashlib.blake2b(live.manifest.to_json().encode(), digest_size=6).hexdigest()
+    return live.copy(Path(output_dir).absolute() / COPIES / f"{Path(folder).name}-{state}")
+
+
 def _visited(source: LifeSource, dataset: Any, in_order: bool) -> Any:
     """The rows that were read, in the order of their first visit; all of them where that is not known."""
     rows = len(dataset)
@@ -198,7 +257,8 @@ def _lost(lost: list[tuple[LifeSource, str]]) -> Finding:
     return (
         f"the rows of {len(lost)} earlier source{'s' * (len(lost) > 1)} cannot be found again: {'; '.join(parts)}",
         f"Pass them by name, data={{{names}}}: the same data again; or, where it is not to be had, public data like "
-        "it, or text that the model generated (docs/stages.md shows how). Or leave from_history out and pass "
+        "it, or text that the model generated (docs/stages.md shows how). In stages to come, BufferCallback keeps a "
+        "sample of what is read. Or leave from_history out and pass "
         "`dataset`.",
         True,
     )

@@ -449,7 +449,9 @@ def _with_flags(given: Any, section: str, config: type, flags: tuple[str, ...]) 
     """A section of the settings of `config` and of `flags`, which only the plug-in takes."""
     settings = dict(_settings(given, section))
     _known(settings, {f.name for f in dataclasses.fields(config)} | set(flags), section)
-    _made(config, {name: value for name, value in settings.items() if name not in flags}, section, numbers_as_text=True)
+    _made(
+        config, {name: value for name, value in settings.items() if name not in flags}, section, numbers_as_text=True
+    )
     return settings
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from hf_pretrain_ext import checkpoint, data, sources
+from hf_pretrain_ext.anchored import bare
 from hf_pretrain_ext.loading import is_sharded, weight_files
 from hf_pretrain_ext.regularise import weights_digest
 from hf_pretrain_ext.rng import rng_guard
@@ -154,7 +155,7 @@ class RunStage:
         trainer = run.trainer
         seen = self._seen()
         tokens = [source.tokens for source in seen]
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        optimizer = bare(trainer.optimizer)
         reader = trainer.processing_class
         return Stage(
             number=began.number,

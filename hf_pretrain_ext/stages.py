@@ -451,6 +451,8 @@ class LifeSource:
     """What a model's life has read of one source: `samples` and `tokens` are sums over stages (None: not known).
 
     `visits` holds order, key, seed and draws for each stage that read it, replays of its rows apart (None: not known).
+    `kept` holds the replay buffers to which stages that read it added its rows: folder, name of the
+    run there, first number and the one after the last.
     """
 
     name: str
@@ -462,6 +464,7 @@ class LifeSource:
     tokens: int | float | None
     stages: tuple[str, ...]
     visits: tuple[tuple[str, str, int, int], ...] | None = None
+    kept: tuple[tuple[str, str, int, int], ...] = ()
 
 
 def life_of(stages: Sequence[Stage]) -> dict[str, LifeSource]:
@@ -487,10 +490,10 @@ def life_of(stages: Sequence[Stage]) -> dict[str, LifeSource]:
                 continue
             again = source.name in known
             name = _known_name(found, source, stage, again)
-            before, visit = found.get(name), _visit(source, stage)
+            before, visit, kept = found.get(name), _visit(source, stage), _kept(source, stage)
             if before is None:
                 where = (source.rows, source.fingerprint, source.place, source.hub)
-                found[name] = LifeSource(name, *where, source.samples, source.tokens, (stage.name,), visit)
+                found[name] = LifeSource(name, *where, source.samples, source.tokens, (stage.name,), visit, kept)
                 continue
             found[name] = dataclasses.replace(
                 before,
@@ -500,6 +503,7 @@ def life_of(stages: Sequence[Stage]) -> dict[str, LifeSource]:
                 place=(source.place if source.fingerprint == before.fingerprint else None) or before.place,
                 stages=(*before.stages, stage.name),
                 visits=before.visits if again else _sum(before.visits, visit),
+                kept=(*before.kept, *kept),
             )
     return found
 
@@ -508,6 +512,15 @@ def _visit(source: SeenSource, stage: Stage) -> tuple[tuple[str, str, int, int],
     if None in (source.order, source.key, source.samples, stage.seed) or source.rows is None:
         return None
     return ((str(source.order), str(source.key), int(stage.seed or 0), int(source.samples or 0)),)
+
+
+def _kept(source: SeenSource, stage: Stage) -> tuple[tuple[str, str, int, int], ...]:
+    """Rows that a stage replays are not added to its buffer again."""
+    buffer = stage.recorded.get("buffer") or {}
+    if source.replayed or not buffer or stage.steps is None or stage.global_batch is None:
+        return ()
+    start = int(buffer["start"])
+    return ((str(buffer["folder"]), str(buffer["run"]), start, start + stage.steps * stage.global_batch),)
 
 
 def _known_name(found: Mapping[str, LifeSource], source: SeenSource, stage: Stage, replayed: bool) -> str:

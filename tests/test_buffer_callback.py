@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +22,10 @@ from test_distributed import WHERE, launch
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import Trainer, TrainerCallback, default_data_collator
 
-from hf_pretrain_ext import PluginError, extend
+from hf_pretrain_ext import PluginError, continue_from, extend
 from hf_pretrain_ext.buffer import BufferWriter, ReplayBuffer, ReplayBufferError
 from hf_pretrain_ext.buffer.sampling import NO_BOUND
-from hf_pretrain_ext.callbacks import BufferCallback, ForgettingCallback, ReplayCallback
+from hf_pretrain_ext.callbacks import BufferCallback, ForgettingCallback, ReplayCallback, RewarmCallback
 from hf_pretrain_ext.callbacks.buffer import SERVED, _Served
 from hf_pretrain_ext.kill_test import compare_runs, kill_until_done
 
@@ -223,6 +224,77 @@ def test_two_stages_and_a_replay_of_the_first(tmp_path: Path) -> None:
     new = [row for row in seen if row not in first]
     assert ReplayBuffer.open(buffer).dataset()["input_ids"][:] == first + new
     assert trained.plugin_run.realised()["replay"]["samples"] == 12
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["linked", "from elsewhere"])
+def test_a_history_of_streams_is_replayed_from_the_buffer(
+    moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One folder for the whole life: each stage replays the rows of those before it, by stage, and adds its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def stage(name: str, seed: int, buffer: str | Path, *plugins: Any) -> tuple[Trainer, Seen]:
+        seen = Seen()
+        plugins = (*plugins, BufferCallback(buffer, max_bytes=MIB), seen)
+        saves = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+        return seen.attach(tiny.trainer(tmp_path / name, *plugins, data=stream(60, seed), **saves)), seen
+
+    def replay() -> ReplayCallback:
+        return ReplayCallback(from_history=True, ratio=0.5)
+
+    first, one = stage("one", 0, "seen")
+    extend(first).train()
+    # Rows that were read after the checkpoint are not part of this life.
+    steps, buffer = 6 if moved else 3, tmp_path / "seen"
+    if moved:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("another disk")))
+    second, two = stage("two", 1, buffer, replay())
+    continue_from(second, tmp_path / "one" / f"checkpoint-{steps}").train()
+    said = capsys.readouterr().err
+    assert f"'stage-1' is replayed from its replay buffer: {4 * steps} of its rows (it was a stream)" in said
+    read = one.rows[: 4 * steps]
+    new = [row for row in two.rows if row not in one.rows]
+    assert len(new) == 12 and all(row in read for row in two.rows if row not in new)
+    assert ReplayBuffer.open(buffer).dataset()["input_ids"][:] == one.rows + new
+
+    # On a resume the rows that it began with are replayed, though the buffer has others since.
+    resumed, _ = stage("two", 1, buffer, replay())
+    extend(resumed).train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-3"))
+    assert tiny.same_weights(second, resumed)
+    assert ReplayBuffer.open(buffer).dataset()["input_ids"][:] == one.rows + new
+    assert len(list((tmp_path / "two" / "_replayed").iterdir())) == 1
+
+    past = replay()
+    continue_from(stage("three", 2, buffer, past)[0], tmp_path / "two" / "checkpoint-6")
+    assert {name: rows["input_ids"][:] for name, rows in past.datasets.items()} == {"stage-1": read, "stage-2": new}
+
+
+def test_a_history_of_streams_without_their_buffer_says_what_to_do(tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    buffer = tmp_path / "seen"
+
+    def train(name: str, *plugins: Any) -> None:
+        extend(tiny.trainer(tmp_path / name, *plugins, data=stream(), **saves)).train()
+
+    def second(name: str) -> Trainer:
+        replay = ReplayCallback(from_history=True, ratio=0.5)
+        return continue_from(tiny.trainer(tmp_path / "two", replay), tmp_path / name / "checkpoint-3")
+
+    train("bare", RewarmCallback(1e-3))
+    with pytest.raises(
+        PluginError, match=r"it was a stream, and no BufferCallback kept its rows.*BufferCallback keeps"
+    ):
+        second("bare")
+    train("one", BufferCallback(buffer, max_bytes=MIB))
+    shutil.rmtree(buffer)
+    with pytest.raises(PluginError, match=r"it was a stream, and '.*seen' holds no replay buffer"):
+        second("one")
+    train("other", BufferCallback(buffer, max_bytes=MIB), RewarmCallback(1e-3))
+    with pytest.raises(PluginError, match=r"the replay buffer .*seen was made anew since"):
+        second("one")
+    second("other")
 
 
 def test_replaying_from_the_folder_that_is_written_to_is_refused(tmp_path: Path) -> None:

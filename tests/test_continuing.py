@@ -16,7 +16,13 @@ from datasets import load_from_disk
 from transformers import Trainer, TrainerCallback
 
 from hf_pretrain_ext import PluginError, anneal, continue_from, extend
-from hf_pretrain_ext.callbacks import ForgettingCallback, ReplayCallback, RewarmCallback
+from hf_pretrain_ext.callbacks import (
+    ForgettingCallback,
+    L2InitCallback,
+    ReplayCallback,
+    ReptileCallback,
+    RewarmCallback,
+)
 from hf_pretrain_ext.checkpoint import CheckpointError
 from hf_pretrain_ext.stages import read_stages
 
@@ -975,9 +981,53 @@ def test_all_that_an_optimizer_counts_comes_along(plugin: str, tmp_path: Path) -
     for ours, theirs in zip(seen["param_groups"], saved["param_groups"], strict=True):
         rest = {k: 0 if "reptile" in k else value for k, value in theirs.items() if k not in ("lr", "initial_lr")}
         assert {key: ours[key] for key in rest} == rest and ours["initial_lr"] == 5e-3
-    with pytest.raises(CheckpointError, match="Leave 'optimizer' out of carry"):
-        bare = new_stage(tmp_path / "three", RewarmCallback(1e-2))
+    bare = new_stage(tmp_path / "three", RewarmCallback(1e-2), Look())
+    if plugin == "reptile":
+        # Around AdamW, whose moments they are.
+        assert read_stages(folder)[-1].optimizer == "AdamW"  # type: ignore[index]
         continue_from(bare, str(folder), carry=("weights", "optimizer")).train()
+        assert set(seen["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+        return
+    with pytest.raises(CheckpointError, match="Leave 'optimizer' out of carry"):
+        continue_from(bare, str(folder), carry=("weights", "optimizer")).train()
+
+
+def test_no_copy_of_the_weights_comes_along(tmp_path: Path) -> None:
+    """Two wrappers in one stage, one in the next: what the other kept is left, and not in later checkpoints."""
+    first = new_stage(tmp_path / "one", L2InitCallback(1.0), ReptileCallback(every=2), **{**SAVES, "save_steps": 3})
+    extend(first).train()
+    folder = tmp_path / "one" / "checkpoint-3"
+    held = torch.load(folder / "optimizer.pt", weights_only=True)
+    assert {"l2_init_anchor", "reptile_anchor"} <= set(held["state"][0])
+    second = new_stage(tmp_path / "two", ReptileCallback(every=2), **{**SAVES, "save_steps": 3})
+    continue_from(second, str(folder), carry=("weights", "optimizer")).train()
+    kept = torch.load(tmp_path / "two" / "checkpoint-3" / "optimizer.pt", weights_only=True)
+    keys = {key for state in kept["state"].values() for key in state} | set(kept["param_groups"][0])
+    assert "reptile_anchor" in keys and not any("l2" in key for key in keys)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["anneal again", "train alone"])
+def test_a_branch_of_a_stage_with_reptile(alone: bool, tmp_path: Path) -> None:
+    """With and without it among the plug-ins, the branch is the same; interrupted and resumed too."""
+    first = new_stage(tmp_path / "one", infinite(), ReptileCallback(every=2), replay_of_nothing(), **SAVES)
+    extend(first).train()
+    start = str(tmp_path / "one" / "checkpoint-6")
+
+    def branch(name: str, *plugins: Any, **settings: Any) -> Trainer:
+        return new_stage(tmp_path / name, *plugins, replay_of_nothing(), **{**SAVES, **settings})
+
+    # `extend` alone knows of the branch only once it resumes.
+    every = 2 if alone else 500
+    plain, aside = branch("plain"), branch("aside", ReptileCallback(every=every))
+    anneal(plain, start, steps=6).train()
+    anneal(aside, start, steps=6).train()
+    assert tiny.same_weights(plain, aside) and same_moments(plain, aside)
+    assert not any("reptile" in key for line in aside.state.log_history for key in line)
+    resumed = branch("aside", ReptileCallback(every=every))
+    resumed = extend(resumed) if alone else anneal(resumed, start, steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "aside" / "checkpoint-2"))
+    assert tiny.same_weights(plain, resumed) and same_moments(plain, resumed)
+    assert read_stages(tmp_path / "aside")[-1].kind == "anneal"  # type: ignore[index]
 
 
 def test_the_report_shows_the_stages_before(english: Path, tmp_path: Path) -> None:
@@ -988,7 +1038,7 @@ def test_the_report_shows_the_stages_before(english: Path, tmp_path: Path) -> No
     continue_from(stage, last(english), name="german").train()
     page = report([english / "run", tmp_path / "two"], tmp_path / "page.html").read_text()
     table = page[page.index("Stages before") :]
-    for words in ("stage-1", "german 75.0%, stage-1 25.0%", "0.0055", "constant"):
+    for words in ("stage-1", "german 75.0%, stage-1 25.0%", "0.0055", "constant", "What each stage read, in tokens"):
         assert words in table
     assert "Stages before" not in report([english / "run"], tmp_path / "one.html").read_text()
 

@@ -219,6 +219,26 @@ def test_the_arms_are_those_that_the_papers_compare(continual: Any) -> None:
     assert all(
         dict(run.plugins)["reptile"]["every"] == 1 / 24 for run in runs.values() if "reptile" in dict(run.plugins)
     )
+    peaks = {3e-4, 1.5e-3, 3e-3, 6e-3}
+    shapes = {continual.rewarm_arm(peak, shape) for peak in peaks for shape in ("constant", "cosine")}
+    assert shapes | {continual.rewarm_arm(3e-3, "cosine", share) for share in (0, 0.005, 0.01, 0.02)} <= set(names)
+    for peak in peaks:
+        constant = dict(runs[continual.rewarm_arm(peak, "constant")].plugins)["rewarm"]
+        assert constant["peak_lr"] == peak and constant["min_lr"] == "100%"
+    lives = [(runs[name].domain, runs[name].parent) for name in ("cosine, third stage", "infinite, third stage")]
+    assert lives == [("python", "replay 5 %"), ("python", "infinite, second stage")]
+    assert runs["infinite, second stage"].parent == "base, infinite"
+    quarter, fifth = runs[continual.SUBSET], runs[continual.SUBSET_AND_OLD]
+    assert (
+        quarter.subset == 0.25
+        and fifth.subset == pytest.approx(0.205)
+        and dict(fifth.plugins)["replay"]["ratio"] == 0.18
+    )
+    assert "replay 18 %" in names and set(continual.remedies()) <= set(names)
+    kinds = ("GradNormLoRP", "LoRA", "DoRA", "LoRA, all else frozen")
+    assert {continual.lowrank_arm(kind, rate) for kind in kinds for rate in (1e-3, 3e-3, 1e-2, 3e-2)} <= set(names)
+    pulls = {dict(run.plugins)["l2"]["strength"] for run in runs.values() if "l2" in dict(run.plugins)}
+    assert pulls == {1, 3} and "self-distillation" in names
     size = continual.SCALES["full"]
     tokens = size.steps * size.batch * continual.BLOCK
     assert tokens == pytest.approx(1e6, rel=1e-3)

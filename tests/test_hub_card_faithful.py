@@ -22,6 +22,8 @@ from hf_pretrain_ext.cli import main
 from hf_pretrain_ext.hub_card import BEGIN, END, read_facts, write_card, writing
 from hf_pretrain_ext.hub_card.metadata import metadata_of, without_paths
 from hf_pretrain_ext.hub_card.writing import filled_only, kept_card, limits, put_back, section
+from hf_pretrain_ext.report.drawing import style
+from hf_pretrain_ext.report.life import life_figure
 from hf_pretrain_ext.run_stage import _base_of
 from hf_pretrain_ext.sources import hub_origin
 from hf_pretrain_ext.stages import SeenSource, Stage, write_stages
@@ -288,6 +290,34 @@ def test_all_stages_are_told(tmp_path: Path) -> None:
     rows = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith(("| meta_", "| rewarm", "| l2_"))]
     assert rows == [["| l2_init", "two"], ["| rewarm", "two"], ["| meta_tokens", "one"], ["| rewarm", "one"]]
     assert "arXiv 2403.08763" in text and "| rate of the next update |" in text
+    assert "stages.png" not in text and not (tmp_path / "continued_pretraining").exists()
+
+
+def test_the_lineage_is_drawn(tmp_path: Path) -> None:
+    """As wide as the tokens of each stage, split by source; a base of which nothing is known is hatched."""
+    base = Stage(0, "base", kind="unknown")
+    one = Stage(1, "one", steps=4, tokens=300, sources=(SeenSource("one", samples=3, tokens=300),))
+    read = (SeenSource("two", samples=3, tokens=75), SeenSource("one", samples=1, tokens=25, replayed=True))
+    two = Stage(2, "deploy", kind="anneal", steps=3, tokens=100, sources=read)
+    write_stages(tmp_path, [base, one, two])
+    assert "](continued_pretraining/stages.png)" in write_card(tmp_path).read_text("utf-8")
+    assert (tmp_path / "continued_pretraining" / "stages.png").stat().st_size > 10_000
+    stages = [{**stage.to_json(), "sources": {s.name: s.tokens for s in stage.sources}} for stage in (base, one, two)]
+    with style():
+        (panel,) = life_figure({"run": stages}).axes
+    bars = [bar.get_bbox().bounds for bar in panel.patches]
+    assert bars == [
+        (0, 0, pytest.approx(0.12 * 400), 1),
+        (48, 0, 300, 1),
+        (348, 0, 100, 0.75),
+        (348, 0.75, 100, 0.25),
+    ]
+    assert (
+        panel.patches[0].get_hatch() == "//" and panel.patches[3].get_facecolor() == panel.patches[1].get_facecolor()
+    )
+    assert [each.get_text() for each in panel.texts] == ["base", "one", "deploy (annealed)"]
+    with style():
+        assert life_figure({"run": stages[:1]}) is None
 
 
 def test_what_the_stage_recorded_stands_in_for_probes(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import tiny
 import yaml
 from test_recipe import text
 
+from hf_pretrain_ext.advice import data_constrained
 from hf_pretrain_ext.demo.tokenizer import train_tokenizer
 from hf_pretrain_ext.recipe import load_recipe
 
@@ -107,9 +108,24 @@ def test_a_recipe_is_one_and_runs(path: Path, world: Path, tmp_path: Path) -> No
     assert trainer.state.global_step == 8
     counts = trainer.plugin_run.realised()
     shares = {name: entry["samples"] / 32 for name, entry in counts.items() if entry["replayed"]}
-    assert sum(shares.values()) == pytest.approx(as_it_is.replay["ratio"], abs=1 / 32)
+    assert sum(shares.values()) == pytest.approx((as_it_is.replay or {"ratio": 0})["ratio"], abs=1 / 32)
     assert set(trainer.plugin_run.plugins[0].run.output_dir) and (tmp_path / "out" / "trace.jsonl").is_file()
 
 
 def test_there_is_one_for_each_common_case() -> None:
-    assert {path.stem for path in RECIPES} == {"code", "domain_24gb", "instruct_model", "many_stages", "new_language"}
+    assert {path.stem for path in RECIPES} == {
+        "code",
+        "data_constrained",
+        "domain_24gb",
+        "instruct_model",
+        "many_stages",
+        "new_language",
+    }
+
+
+def test_the_data_constrained_recipe_is_what_the_advice_says() -> None:
+    recipe = load_recipe(next(path for path in RECIPES if path.stem == "data_constrained"))
+    advice = data_constrained(300e6, 200e6)
+    assert recipe.training["num_train_epochs"] == advice.epochs
+    assert recipe.training["weight_decay"] == advice.weight_decay
+    assert recipe.training["learning_rate"] == recipe.rewarm["peak_lr"] == advice.learning_rate

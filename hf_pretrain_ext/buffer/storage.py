@@ -306,9 +306,13 @@ class ReplayBuffer:
     def __repr__(self) -> str:
         return f"ReplayBuffer({str(self.folder)!r}: {len(self):,} of {self.seen:,} rows, {self.nbytes / 1e6:.2f} MB)"
 
-    def dataset(self) -> Any:
+    def dataset(self, start: int = 0, stop: int | None = None) -> Any:
         """
         The rows as a map-style `datasets.Dataset`, mapped from disk, in the order in which they were seen.
+
+        Args:
+            start (`int`, *optional*, defaults to 0), stop (`int`, *optional*): rows numbered from `start` up to `stop`
+                alone. Row number n of the buffer is sample n of its first stage; those of the next one follow.
 
         Raises:
             [`ReplayBufferError`]: there are none.
@@ -317,12 +321,16 @@ class ReplayBuffer:
 
         if not len(self):
             raise ReplayBufferError(f"the replay buffer {self.folder} holds no rows yet")
-        parts = [
-            Dataset.from_file(str(self.folder / chunk.file)).select(kept)
-            for chunk, kept in zip(self.manifest.chunks, self._kept, strict=True)
-            if len(kept)
-        ]
-        order = np.argsort(np.concatenate(self._numbers))
+        parts, found = [], []
+        for chunk, kept, numbers in zip(self.manifest.chunks, self._kept, self._numbers, strict=True):
+            wanted = (numbers >= start) & (numbers < (np.iinfo(np.int64).max if stop is None else stop))
+            if wanted.any():
+                parts.append(Dataset.from_file(str(self.folder / chunk.file)).select(kept[wanted]))
+                found.append(numbers[wanted])
+        if not parts:
+            end = "on" if stop is None else f"to {stop:,}"
+            raise ReplayBufferError(f"the replay buffer {self.folder} holds no rows from number {start:,} {end}")
+        order = np.argsort(np.concatenate(found))
         return concatenate_datasets(parts).select(order).remove_columns(NUMBER)
 
     def copy(self, folder: str | os.PathLike[str]) -> ReplayBuffer:

@@ -1,4 +1,4 @@
-"""Figures of a card: what the rate, the mixture and the held-out losses were."""
+"""Figures of a card: what the rate, the mixture and the held-out losses were, and what each stage read."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from pathlib import Path
 
 from hf_pretrain_ext.hub_card.facts import CardFacts
 
-__all__ = ["draw_forgetting", "draw_plan"]
+__all__ = ["draw_forgetting", "draw_life", "draw_plan"]
 
 
 def draw_plan(facts: CardFacts, path: Path) -> bool:
     """Logged learning rates, and the share of each source in what had been read; returns whether there was any."""
     from matplotlib.figure import Figure
 
-    assert facts.record is not None
+    if facts.record is None:
+        return False
     rates, counts = facts.record.scalars("learning_rate"), facts.record.counts
     if not rates:
         return False
@@ -37,12 +38,27 @@ def draw_plan(facts: CardFacts, path: Path) -> bool:
     return True
 
 
+def draw_life(facts: CardFacts, path: Path) -> bool:
+    """What each stage of several read; returns whether that is known of any."""
+    from hf_pretrain_ext.report.drawing import save_png, style
+    from hf_pretrain_ext.report.life import life_figure
+
+    stages = [
+        {"name": stage.name, "kind": stage.kind, "sources": {source.name: source.tokens for source in stage.sources}}
+        for stage in facts.stages
+    ]
+    with style():
+        figure = life_figure({"": stages}) if len(facts.trained) > 1 else None
+        if figure is not None:
+            save_png(figure, path)
+    return figure is not None
+
+
 def draw_forgetting(facts: CardFacts, path: Path) -> bool:
     """Held-out losses by step; returns whether any were measured."""
     from matplotlib.figure import Figure
 
-    assert facts.record is not None
-    if not facts.record.probes:
+    if facts.record is None or not facts.record.probes:
         return False
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()

@@ -401,22 +401,25 @@ def _unmeasured(facts: CardFacts) -> str:
 
 
 def _figures(facts: CardFacts, folder: Path) -> list[tuple[str, str]]:
-    """Plan and forgetting as PNG files, those that there is something to draw for."""
+    """Plan, forgetting and stages as PNG files, those that there is something to draw for."""
     from hf_pretrain_ext.report.plots import have_matplotlib
 
-    if facts.record is None or not have_matplotlib():
+    if not have_matplotlib():
         return []
-    from hf_pretrain_ext.hub_card.drawing import draw_forgetting, draw_plan
+    from hf_pretrain_ext.hub_card.drawing import draw_forgetting, draw_life, draw_plan
 
-    drawn = []
+    drawn, place = [], folder / FOLDER
+    new = not place.exists()
+    place.mkdir(parents=True, exist_ok=True)
     for name, text, draw in (
         ("plan.png", "Learning rate and mixture over the run", draw_plan),
         ("forgetting.png", "Held-out losses over the run", draw_forgetting),
+        ("stages.png", "What each stage of the model's life read, in tokens, by source", draw_life),
     ):
-        path = folder / FOLDER / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if draw(facts, path):
+        if draw(facts, place / name):
             drawn.append((f"{FOLDER}/{name}", text))
+    if new and not drawn:
+        place.rmdir()
     return drawn
 
 

@@ -118,12 +118,12 @@ def _tail(path: Path, paths: list[Path]) -> str:
 
 
 def _sections(records: list[RunRecord]) -> list[Any]:
-    from hf_pretrain_ext.report import benchmarks, documents, forgotten, memory, mixture, outcomes, sections
+    from hf_pretrain_ext.report import benchmarks, documents, forgotten, life, memory, mixture, outcomes, sections
 
     parts = (
         *(sections.glance, sections.what_was_run, sections.plan, sections.rates, sections.losses, mixture.mixture),
         documents.documents,  # only where there were raw documents
-        sections.life,  # only where stages came before
+        life.life,  # only where stages came before
         *(forgotten.forgetting, forgotten.stability_gap),
         benchmarks.benchmarks,  # only where some were run
         memory.memory,

@@ -29,7 +29,7 @@ from hf_pretrain_ext.report.tables import (
     text,
 )
 
-__all__ = ["glance", "life", "losses", "named", "plan", "rates", "state", "what_was_run"]
+__all__ = ["glance", "losses", "named", "plan", "rates", "state", "what_was_run"]
 
 SHOWN_SETS = 4
 
@@ -94,59 +94,6 @@ def what_was_run(runs: Sequence[RunRecord]) -> Section:
         lines = [str(line) for line in sequence(run.start.get("describe"))]
         blocks.append(Listing(run.label, lines or ["The plug-ins described nothing."], index % 6))
     return Section("run", "What was run", lead, blocks)
-
-
-def life(runs: Sequence[RunRecord]) -> Section | None:
-    """The stages that came before each run, and the run as the last of them; None where no run knows of any."""
-    rows = [row for index in range(len(runs)) for row in _stage_rows(runs, index)]
-    if not rows:
-        return None
-    lead = "A model's life in stages: what each read, and the learning rate that its next update would have had."
-    head = ["Run", "Stage", "Name", "Kind", "Steps", "Tokens", "Read", "Rate at end", "Phase"]
-    return Section(
-        "life", "Stages before", lead, [Table(head, rows, note="The last line of a run is the run itself.")]
-    )
-
-
-def _stage_rows(runs: Sequence[RunRecord], index: int) -> list[list[Cell]]:
-    run = runs[index]
-    stage = mapping(run.start.get("stage"))
-    earlier = [mapping(each) for each in sequence(stage.get("earlier"))]
-    if not earlier:
-        return []
-    seen = run.counts[-1][1] if run.counts else {}
-    tokens = {str(stage.get("name")) if name == "train" else name: found.tokens for name, found in seen.items()}
-    rates = run.scalars("learning_rate")
-    known = [number(each) for each in tokens.values()]
-    itself = {
-        **{key: stage.get(key) for key in ("number", "name", "kind")},
-        "steps": run.last_step,
-        "tokens": sum(each for each in known if each is not None) if known and None not in known else None,
-        "sources": tokens,
-        "rate": rates[-1][1] if rates else None,
-    }
-    return [
-        [
-            run_cell(runs, index),
-            count(number(each.get("number"))),
-            text(each.get("name") or "–"),
-            text(each.get("kind") or "–"),
-            count(number(each.get("steps")), "not known"),
-            count(number(each.get("tokens")), "not known"),
-            text(_shares(mapping(each.get("sources"))) or "not known"),
-            rate(number(each.get("rate")), "not known"),
-            text(each.get("phase") or "–"),
-        ]
-        for each in [*earlier, itself]
-    ]
-
-
-def _shares(sources: dict[str, Any]) -> str:
-    found = {name: number(tokens) for name, tokens in sources.items()}
-    total = sum(tokens for tokens in found.values() if tokens)
-    if not total or None in found.values():
-        return ", ".join(found)
-    return ", ".join(f"{name} {(tokens or 0) / total:.1%}" for name, tokens in found.items())
 
 
 def _differing_note(runs: Sequence[RunRecord]) -> str:

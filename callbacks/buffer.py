@@ -232,7 +232,7 @@ class BufferCallback(TrainerPlugin):
     def load_state(self, state: dict[str, Any]) -> None:
         if state:
             self._resumed = {"start": int(state["start"]), "seen": int(state["seen"])}
-            self._name = str(state["run"])
+            self._name = str(state.get("run", ""))
 
     def recorded(self) -> dict[str, Any]:
         if self.run is None:
@@ -334,6 +334,8 @@ class BufferCallback(TrainerPlugin):
             run.say(f"buffer: {len(kept):,} of {kept.seen:,} rows seen are kept in {kept.folder}")
             if too_long := kept.manifest.too_long:
                 run.say(f"buffer: {too_long:,} rows were left out, each too long for max_bytes={self.max_bytes:,}")
+        # What comes next on any rank finds the buffer whole.
+        run.sum_over_ranks(torch.zeros(1, dtype=torch.int64, device=run.device))
 
     def _close(self) -> None:
         if self._thread is not None:

@@ -12,10 +12,9 @@ from typing import Any, cast
 import numpy as np
 
 from hf_pretrain_ext import data
-from hf_pretrain_ext.buffer import ReplayBuffer
 from hf_pretrain_ext.checks import stream_problems
 from hf_pretrain_ext.lengths import run_length
-from hf_pretrain_ext.past_data import ReplayedHistory, copy_of_buffer
+from hf_pretrain_ext.past_data import ReplayedHistory, copies_of_buffers
 from hf_pretrain_ext.plan import SamplePlan, Source
 from hf_pretrain_ext.plan.plan import Unit
 from hf_pretrain_ext.plugin import PluginError, Problem, Setup, TrainerPlugin
@@ -121,7 +120,6 @@ class ReplayCallback(TrainerPlugin):
         self.from_history = check_flag("from_history", from_history)
         self.past = _past(self.from_history, dataset, data)
         self.datasets = {} if self.past is not None else _named(dataset)
-        self._copies: dict[str, str] = {}
         if self.past is None and self.config.weights and set(self.config.weights) != set(self.datasets):
             raise ValueError(
                 f"weights must name the datasets {sorted(self.datasets)}, got {sorted(self.config.weights, key=str)}"
@@ -138,10 +136,7 @@ class ReplayCallback(TrainerPlugin):
         return {**given, "from_history": True} if self.from_history else given
 
     def recorded(self) -> dict[str, Any]:
-        if self.past is None:
-            return {}
-        copies = [{"folder": folder, "copy": copy} for folder, copy in self._copies.items()]
-        return {"from_history": sorted(self.datasets), **({"buffers": copies} if copies else {})}
+        return {} if self.past is None else {"from_history": sorted(self.datasets)}
 
     # Checks
 
@@ -193,14 +188,8 @@ class ReplayCallback(TrainerPlugin):
         # What an earlier stage read from files was prepared then.
         prepared = {name: setup.prepare(given, name) for name, given in past.given.items()}
         in_order = self.config.order == "original"
-        self._copies.clear()
-
-        def copied(folder: str) -> ReplayBuffer:
-            buffer = copy_of_buffer(folder, setup.args.output_dir, setup.beginning.number)
-            self._copies[folder] = str(buffer.folder)
-            return buffer
-
-        findings = past.find(setup.beginning, self.config.weights, prepared, training, in_order, copied)
+        copies = copies_of_buffers(setup.beginning, setup.args.output_dir)
+        findings = past.find(setup.beginning, self.config.weights, prepared, training, in_order, copies)
         if not any(fatal for _, _, fatal in findings):
             self.datasets = dict(past.datasets)
             past.found_for = (setup.trainer, setup.beginning, training)

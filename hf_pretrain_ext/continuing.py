@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -251,10 +252,11 @@ def _origin(trainer: Any, given: Any, revision: str | None) -> Origin:
     if trainer.is_world_process_zero():
         try:
             found[0] = _from_folder(os.fspath(given), revision)
-        except (CheckpointError, ValueError) as error:
-            found[1] = _or_resume(error, trainer)
         except Exception as error:  # the other ranks wait for what this one found, whatever it is
-            found[1] = CheckpointError(f"{os.fspath(given)} cannot be read ({reason(error)})")
+            ours = type(error) in (CheckpointError, ValueError)
+            found[1] = error if ours else CheckpointError(f"{os.fspath(given)} cannot be read ({reason(error)})")
+            with suppress(Exception):
+                found[1] = _or_resume(found[1], trainer)
     origin, refusal = broadcast_object_list(found)
     if refusal is not None:
         raise refusal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,13 +11,13 @@ from typing import Any, cast
 import numpy as np
 
 from hf_pretrain_ext.buffer import ReplayBuffer, ReplayBufferError
-from hf_pretrain_ext.checkpoint import last_complete_checkpoint
+from hf_pretrain_ext.buffer.storage import read_manifest
 from hf_pretrain_ext.plan.plan import Order, Source, first_rows
 from hf_pretrain_ext.sources import identified, reopen
-from hf_pretrain_ext.stages import Beginning, LifeSource, life_of, read_stages
+from hf_pretrain_ext.stages import Beginning, LifeSource, life_of
 from hf_pretrain_ext.values import is_number, shown
 
-__all__ = ["ReplayedHistory", "copy_of_buffer"]
+__all__ = ["ReplayedHistory", "copies_of_buffers"]
 
 COPIES = "_replayed"
 """Folder in `output_dir`; pushes to the Hub leave out what begins with `_`."""
@@ -88,17 +89,12 @@ class ReplayedHistory:
                 found[name] = _reopened(source, in_order)
             except ValueError as error:
                 try:
-                    found[name] = _buffered(source, buffers)
+                    found[name], faults = _buffered(source, buffers)
                 except ValueError as second:
                     lost.append((source, f"{error}, and {second}"))
                     continue
-                findings.append(
-                    (
-                        f"{name!r} is replayed from its replay buffer: {len(found[name]):,} of its rows ({error})",
-                        "Nothing has to be done.",
-                        False,
-                    )
-                )
+                kept = f"{name!r} is replayed from its replay buffer: {len(found[name]):,} of its rows ({error})"
+                findings.append(("; ".join([kept, *faults]), "Nothing has to be done.", False))
         findings += [_lost(lost)] if lost else []
         findings += self._base(unknown)
         self.datasets = {**found, **{name: given[name] for name in unknown if name in given}}
@@ -194,12 +190,12 @@ def _reopened(source: LifeSource, in_order: bool) -> Any:
     return _visited(source, dataset, in_order)
 
 
-def _buffered(source: LifeSource, buffers: Callable[[str], ReplayBuffer]) -> Any:
-    """Raises `ValueError` that says why the rows of a source are in no buffer."""
+def _buffered(source: LifeSource, buffers: Callable[[str], ReplayBuffer]) -> tuple[Any, list[str]]:
+    """The rows of a source that buffers hold, and why some hold none; raises `ValueError` where none does."""
     from datasets import concatenate_datasets
 
     if not source.kept:
-        raise ValueError("no BufferCallback kept its rows")
+        raise ValueError("no replay buffer has its rows")
     parts, faults = [], []
     for folder, run, start, stop in source.kept:
         try:
@@ -211,25 +207,32 @@ def _buffered(source: LifeSource, buffers: Callable[[str], ReplayBuffer]) -> Any
             faults.append(str(error))
     if not parts:
         raise ValueError("; ".join(faults))
-    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts), faults
 
 
-def copy_of_buffer(folder: str, output_dir: str, stage: int) -> ReplayBuffer:
+def copies_of_buffers(beginning: Beginning, output_dir: str) -> Callable[[str], ReplayBuffer]:
     """
-    A copy of the buffer in `folder` that stays as it is while this or another run adds rows; the same one on a resume.
+    Opens replay buffers by way of copies in `output_dir`, which stay as they are while this or another run adds rows.
 
-    Raises:
-        [`ReplayBufferError`]: there is no buffer, it is damaged, or the copy cannot be written.
+    A copy has the name of what the model's life added to the buffer until this stage: all ranks, a resume, and a stage
+    that is begun again after a failure find the same one, and with it the rows that they began with.
     """
-    newest, _ = last_complete_checkpoint(output_dir)
-    earlier = (read_stages(newest) if newest else None) or ()
-    if earlier and earlier[-1].number == stage:
-        for kept in (earlier[-1].recorded.get("replay") or {}).get("buffers") or ():
-            if kept["folder"] == folder:
-                return ReplayBuffer.open(kept["copy"])
-    live = ReplayBuffer.open(folder, verify=False)
-    state = hashlib.blake2b(live.manifest.to_json().encode(), digest_size=6).hexdigest()
-    return live.copy(Path(output_dir).absolute() / COPIES / f"{Path(folder).name}-{state}")
+    life = life_of(beginning.history)
+    opened: dict[str, ReplayBuffer] = {}
+
+    def copied(folder: str) -> ReplayBuffer:
+        if folder not in opened:
+            added = sorted(part for source in life.values() for part in source.kept if part[0] == folder)
+            named = json.dumps([beginning.number, added])
+            name = f"{Path(folder).name}-{hashlib.blake2b(named.encode(), digest_size=6).hexdigest()}"
+            where = Path(output_dir).absolute() / COPIES / name
+            if read_manifest(where) is not None:
+                opened[folder] = ReplayBuffer.open(where)
+            else:
+                opened[folder] = ReplayBuffer.open(folder, verify=False).copy(where)
+        return opened[folder]
+
+    return copied
 
 
 def _visited(source: LifeSource, dataset: Any, in_order: bool) -> Any:

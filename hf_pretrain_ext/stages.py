@@ -515,9 +515,12 @@ def _visit(source: SeenSource, stage: Stage) -> tuple[tuple[str, str, int, int],
 
 
 def _kept(source: SeenSource, stage: Stage) -> tuple[tuple[str, str, int, int], ...]:
-    """Rows that a stage replays are not added to its buffer again."""
+    """Rows that a stage replays are not added to its buffer again; those with metadata in them are not replayed."""
     buffer = stage.recorded.get("buffer") or {}
-    if source.replayed or not buffer or stage.steps is None or stage.global_batch is None:
+    alone = sum(not each.replayed for each in stage.sources) == 1
+    if source.replayed or not alone or not buffer.get("run") or "metadata" in stage.plugins:
+        return ()
+    if stage.steps is None or stage.global_batch is None:
         return ()
     start = int(buffer["start"])
     return ((str(buffer["folder"]), str(buffer["run"]), start, start + stage.steps * stage.global_batch),)

@@ -271,6 +271,40 @@ def test_a_history_of_streams_is_replayed_from_the_buffer(
     assert {name: rows["input_ids"][:] for name, rows in past.datasets.items()} == {"stage-1": read, "stage-2": new}
 
 
+def test_a_stage_that_is_begun_again_replays_what_it_began_with(tmp_path: Path) -> None:
+    """Of a buffer that is full, rows of the stage before are dropped as this one adds its own."""
+    seen, saves = tmp_path / "seen", {**LARGE, "save_strategy": "steps", "save_steps": 12}
+
+    def stage(name: str, seed: int, *plugins: Any) -> Trainer:
+        data = long_rows(1600, seed).to_iterable_dataset(num_shards=4)
+        return tiny.trainer(tmp_path / name, *plugins, BufferCallback(seen, max_bytes=MIB), data=data, **saves)
+
+    def second(name: str, *plugins: Any) -> Trainer:
+        trainer = stage(name, 1, ReplayCallback(from_history=True, ratio=0.25), *plugins)
+        return continue_from(trainer, tmp_path / "one" / "checkpoint-24")
+
+    extend(stage("one", 0)).train()
+    shutil.copytree(seen, tmp_path / "as it was")
+    whole = second("two")
+    whole.train()
+    dropped = set(ReplayBuffer.open(tmp_path / "as it was").numbers) - set(ReplayBuffer.open(seen).numbers)
+    assert len(dropped) > 100
+
+    shutil.rmtree(seen)
+    shutil.copytree(tmp_path / "as it was", seen)
+    with pytest.raises(KeyboardInterrupt):
+        second("again", Stops(save=99, stop=8)).train()
+    assert ReplayBuffer.open(seen).seen > 1536 and not list((tmp_path / "again").glob("checkpoint-*"))
+    again = second("again")
+    again.train()
+    assert tiny.same_weights(whole, again)
+
+    os.rename(tmp_path / "again", tmp_path / "moved")
+    moved = extend(stage("moved", 1, ReplayCallback(from_history=True, ratio=0.25)))
+    moved.train(resume_from_checkpoint=str(tmp_path / "moved" / "checkpoint-12"))
+    assert tiny.same_weights(whole, moved)
+
+
 def test_a_history_of_streams_without_their_buffer_says_what_to_do(tmp_path: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
     buffer = tmp_path / "seen"
@@ -283,9 +317,7 @@ def test_a_history_of_streams_without_their_buffer_says_what_to_do(tmp_path: Pat
         return continue_from(tiny.trainer(tmp_path / "two", replay), tmp_path / name / "checkpoint-3")
 
     train("bare", RewarmCallback(1e-3))
-    with pytest.raises(
-        PluginError, match=r"it was a stream, and no BufferCallback kept its rows.*BufferCallback keeps"
-    ):
+    with pytest.raises(PluginError, match=r"it was a stream, and no replay buffer has its rows.*BufferCallback keeps"):
         second("bare")
     train("one", BufferCallback(buffer, max_bytes=MIB))
     shutil.rmtree(buffer)

@@ -22,7 +22,7 @@ from hf_pretrain_ext.cli import main
 from hf_pretrain_ext.hub_card import BEGIN, END, read_facts, write_card, writing
 from hf_pretrain_ext.hub_card.metadata import metadata_of, without_paths
 from hf_pretrain_ext.hub_card.writing import filled_only, kept_card, limits, put_back, section
-from hf_pretrain_ext.report.drawing import style
+from hf_pretrain_ext.report.drawing import save_png, style
 from hf_pretrain_ext.report.life import life_figure
 from hf_pretrain_ext.run_stage import _base_of
 from hf_pretrain_ext.sources import hub_origin
@@ -316,8 +316,14 @@ def test_the_lineage_is_drawn(tmp_path: Path) -> None:
         panel.patches[0].get_hatch() == "//" and panel.patches[3].get_facecolor() == panel.patches[1].get_facecolor()
     )
     assert [each.get_text() for each in panel.texts] == ["base", "one", "deploy (annealed)"]
+    many = {"name": "many", "sources": {f"source {n}": 1 + n for n in range(40)}}
+    old = {"name": "old", "kind": "stage", "steps": 3}
     with style():
-        assert life_figure({"run": stages[:1]}) is None
+        assert life_figure({"run": stages[:1]}) is None and life_figure({"run": [old]}) is None
+        crowded = life_figure({"run": [old, many, {"name": "odd", "sources": {"source 39": float("inf")}}]})
+        save_png(crowded, tmp_path / "crowded.png")
+    words = [each.get_text() for each in crowded.legends[0].get_texts()]
+    assert words == [*(f"source {n}" for n in range(34, 40)), "others"]
 
 
 def test_what_the_stage_recorded_stands_in_for_probes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from fractions import Fraction
@@ -346,3 +347,21 @@ def test_what_earlier_stages_measured() -> None:
     assert lost is not None and (lost.best, lost.best_stage) == (3.2, "b")
     assert backward_transfer({"x": past, "y": Past(1, 1, "a", 2.0)}, {"x": 3.0, "y": 2.5}) == 0.25
     assert backward_transfer({}, {"x": 1.0}) is None and backward_transfer({"x": past}, {"z": 1.0}) is None
+
+
+def test_rows_that_a_buffer_kept() -> None:
+    """Numbered from the start of the stage on, as many as it read; none of what a plug-in made or replayed."""
+    buffer = {"folder": "/seen", "start": 40, "seen": 24, "run": "a"}
+    streams = (SeenSource("german", samples=18), SeenSource("english", samples=6, replayed=True))
+    stage = Stage(2, "german", steps=6, global_batch=4, sources=streams, recorded={"buffer": buffer})
+    life = life_of([stage])
+    assert life["german"].kept == (("/seen", "a", 40, 64),) and life["english"].kept == ()
+    again = dataclasses.replace(stage, number=3, recorded={"buffer": {**buffer, "start": 64, "run": "b"}})
+    assert life_of([stage, again])["german"].kept == (("/seen", "a", 40, 64), ("/seen", "b", 64, 88))
+    for other in (
+        {"plugins": {"metadata": {}}},
+        {"sources": (*streams, SeenSource("more", samples=3))},
+        {"recorded": {"buffer": {"folder": "/seen", "start": 40, "seen": 24}}},
+        {"steps": None},
+    ):
+        assert life_of([dataclasses.replace(stage, **other)])["german"].kept == ()

@@ -39,6 +39,10 @@ class SourceFacts:
     elsewhere: bool = False
 
 
+ASIDE = ("reptile", "rewarm")
+"""Plug-ins that stand aside in an annealing branch."""
+
+
 @dataclass(frozen=True)
 class Use:
     """A plug-in with its settings, and the stages that it was used in with them."""
@@ -198,11 +202,14 @@ def _until(record: RunRecord, step: int, best: bool) -> RunRecord:
 
 def _uses(record: RunRecord | None, stages: tuple[Stage, ...]) -> tuple[Use, ...]:
     last = stages[-1] if stages else None
-    told = [(stage.name, stage.plugins) for stage in stages[:-1]]
-    told.append((last.name if last else "", (record.plugins if record else {}) or (last.plugins if last else {})))
+    told = [(stage.name, stage.kind, stage.plugins) for stage in stages[:-1]]
+    latest = (record.plugins if record else {}) or (last.plugins if last else {})
+    told.append((last.name if last else "", last.kind if last else "", latest))
     found: dict[tuple[str, str], Use] = {}
-    for stage, plugins in reversed(told):
+    for stage, kind, plugins in reversed(told):
         for name, settings in plugins.items():
+            if kind == "anneal" and name in ASIDE:
+                continue
             key = (name, json.dumps(settings, sort_keys=True, default=str))
             before = found[key].stages if key in found else ()
             found[key] = Use(name, mapping(settings), (stage, *before))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hf_pretrain_ext.report.drawing import COLOURS, FAINT, INK, PAPER, SHADE, data_uri, name_text, new_figure
-from hf_pretrain_ext.report.reading import RunRecord, mapping, number, sequence
+from hf_pretrain_ext.report.reading import RunRecord, finite, mapping, number, sequence
 from hf_pretrain_ext.report.tables import Cell, Figure, Section, Table, count, rate, run_cell, text
 
 __all__ = ["life", "life_figure"]
@@ -92,26 +92,28 @@ def life_figure(lives: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     widths = {label: [_tokens(stage) for stage in stages] for label, stages in lives.items()}
     if not any(width for each in widths.values() for width in each):
         return None
-    names = dict.fromkeys(name for stages in lives.values() for stage in stages for name in mapping(stage["sources"]))
-    colours = {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(names)}
+    colours = _colours(stage for stages in lives.values() for stage in stages)
     figure = new_figure(0.6 + 1.5 * len(lives))
     panels = figure.subplots(len(lives), 1, squeeze=False, sharex=True)[:, 0]
     longest = max(sum(each) for each in widths.values())
     drawn: dict[str, Any] = {}
-    for panel, (label, stages) in zip(panels, lives.items(), strict=True):
+    for panel, (run, stages) in zip(panels, lives.items(), strict=True):
         at = 0.0
-        for stage, tokens in zip(stages, widths[label], strict=True):
+        for stage, tokens in zip(stages, widths[run], strict=True):
             width, bottom = tokens or UNKNOWN * longest, 0.0
             if not tokens:
                 panel.bar(at, 1, width, align="edge", color=SHADE, edgecolor=FAINT, hatch="//", linewidth=0)
-            for name, part in mapping(stage["sources"]).items() if tokens else ():
-                share = (number(part) or 0.0) / tokens
+            # Those in the colour of no source come last, as one.
+            parts = sorted(mapping(stage.get("sources")).items(), key=lambda part: part[0] not in colours)
+            for name, part in parts if tokens else ():
+                share = (finite(part) or 0.0) / tokens
                 if share:
-                    drawn[name] = panel.bar(at, share, width, bottom, align="edge", color=colours[name], linewidth=0)
+                    label, colour = (name, colours[name]) if name in colours else ("others", FAINT)
+                    drawn[label] = panel.bar(at, share, width, bottom, align="edge", color=colour, linewidth=0)
                     bottom += share
             panel.axvline(at + width, color=PAPER, linewidth=2)
             if width >= NAMED * longest:
-                words = name_text(stage["name"], 18) + (" (annealed)" if stage["kind"] == "anneal" else "")
+                words = name_text(stage.get("name"), 18) + (" (annealed)" if stage.get("kind") == "anneal" else "")
                 panel.annotate(
                     words, (at + width / 2, 1.04), ha="center", color=INK, annotation_clip=False, fontsize=8.5
                 )
@@ -120,7 +122,7 @@ def life_figure(lives: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
         panel.set_ylim(0, 1)
         panel.grid(False)
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        panel.set_ylabel(name_text(label, 14) if len(lives) > 1 else "share of tokens")
+        panel.set_ylabel(name_text(run, 14) if len(lives) > 1 else "share of tokens")
     panels[-1].xaxis.set_major_formatter(lambda value, _: _short(value))
     panels[-1].set_xlabel("tokens read over the life of the model (hatched: not recorded, drawn at any width)")
     figure.legend(
@@ -129,9 +131,19 @@ def life_figure(lives: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     return figure
 
 
+def _colours(stages: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """A colour for each source, in the order of their first visit; where there are more sources, for the largest."""
+    totals: dict[str, float] = {}
+    for stage in stages:
+        for name, part in mapping(stage.get("sources")).items():
+            totals[name] = totals.get(name, 0.0) + (finite(part) or 0.0)
+    largest = set(sorted(totals, key=lambda name: -totals[name])[: len(COLOURS)])
+    return dict(zip([name for name in totals if name in largest], COLOURS, strict=False))
+
+
 def _tokens(stage: Mapping[str, Any]) -> float:
     """0 where they are not known of every source."""
-    found = [number(each) for each in mapping(stage["sources"]).values()]
+    found = [finite(each) for each in mapping(stage.get("sources")).values()]
     return 0.0 if None in found else float(sum(each for each in found if each is not None))
 
 

@@ -65,7 +65,8 @@ class Base:
         lines.append(
             f"base: not known: how its learning rate ended (most published models are annealed: re-warm, with "
             f"RewarmCallback and the peak of its pre-training){data}, how many tokens of it, and its losses. "
-            "ReplayCallback(from_history=True, data={'base': ...}) replays what stands in for that data"
+            "ReplayCallback(from_history=True, data={'base': ...}) replays what stands in for that data: "
+            "public data like it, or what `hf-pretrain-ext recall` writes"
         )
         return lines
 

@@ -25,6 +25,7 @@ _COMMANDS = {
     "card": "the continued-pretraining section of a model card, from a run's trace",
     "memory": "bytes that training a model takes with GradNormLoRP and with other optimizers, and what plug-ins keep",
     "merge": "average checkpoints, LiNeS, instruction residual; intruder dimensions of adapters",
+    "recall": "texts that a model writes itself, to replay where its data cannot be had",
     "kill-test": "kill a recipe's run at random moments, and see that it comes to the same end",
     "plugins": "list the plug-ins that are installed, other packages' too",
 }
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "card": _card,
         "memory": _memory,
         "merge": _merge,
+        "recall": _recall,
         "kill-test": _kill_test,
         "plugins": _plugins,
     }[command]
@@ -143,6 +145,59 @@ def _merge(arguments: list[str]) -> int:
     from hf_pretrain_ext.merging.command import main as merge
 
     return merge(arguments)
+
+
+def _recall(arguments: list[str]) -> int:
+    parser = _parser(
+        "recall",
+        "Samples texts from a model into a file of JSON lines, for replay where its training data cannot be had: they "
+        "can remind it of no more than it still says by itself.",
+    )
+    parser.add_argument("model", help="a folder, or a name on the Hub")
+    parser.add_argument("--texts", type=int, default=1000, help="how many (default: %(default)s)")
+    parser.add_argument("--output", default="recalled.jsonl", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--prompts", metavar="FILE", help="beginnings, one a line, taken in turn (default: none)")
+    parser.add_argument("--max-tokens", type=int, default=512, help="of a text (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
+    parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=16, help="texts at a time (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser.add_argument("--revision", help="of a model on the Hub")
+    options = parser.parse_args(arguments)
+    from hf_pretrain_ext.recall import generate_texts
+
+    output = Path(options.output)
+    if output.exists() or not output.absolute().parent.is_dir():
+        what = "is there already" if output.exists() else "lies in a folder that is not there"
+        sys.exit(f"hf-pretrain-ext: --output {output} {what}: name another file")
+    try:
+        prompts = Path(options.prompts).read_text(encoding="utf-8").splitlines() if options.prompts else None
+        model, tokenizer = _load_model(options.model, options.revision)
+        rows = generate_texts(
+            model,
+            tokenizer,
+            options.texts,
+            prompts=prompts,
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            batch_size=options.batch_size,
+            seed=options.seed,
+        )
+    except (OSError, TypeError, ValueError) as error:
+        sys.exit(f"hf-pretrain-ext: {error}")
+    rows.select_columns("text").to_json(output, force_ascii=False)
+    print(f"{len(rows):,} texts of {sum(rows['tokens']):,} tokens in {output}")
+    return 0
+
+
+def _load_model(name: str, revision: str | None) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype="auto")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def _demo(arguments: list[str]) -> int:

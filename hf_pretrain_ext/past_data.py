@@ -260,8 +260,8 @@ def _lost(lost: list[tuple[LifeSource, str]]) -> Finding:
     return (
         f"the rows of {len(lost)} earlier source{'s' * (len(lost) > 1)} cannot be found again: {'; '.join(parts)}",
         f"Pass them by name, data={{{names}}}: the same data again; or, where it is not to be had, public data like "
-        "it, or text that the model generated (docs/stages.md shows how). In stages to come, BufferCallback keeps a "
-        "sample of what is read. Or leave from_history out and pass "
+        "it, or text that the model generated (hf-pretrain-ext recall; see docs/stages.md). In stages to come, "
+        "BufferCallback keeps a sample of what is read. Or leave from_history out and pass "
         "`dataset`.",
         True,
     )

@@ -427,7 +427,7 @@ def test_errors_of_the_command_line_are_one_message(
         assert str(stop.value.code).startswith("hf-pretrain-ext: ") and message in str(stop.value.code)
 
 
-@pytest.mark.parametrize("name", ["demo", "plan", "train", "report", "kill-test", "plugins"])
+@pytest.mark.parametrize("name", ["demo", "plan", "train", "report", "recall", "kill-test", "plugins"])
 def test_help_says_what_to_type(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])

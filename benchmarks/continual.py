@@ -702,6 +702,11 @@ def _verdict(values: list[float], expected: float) -> str:
     return "Agrees" if found["mean"] * expected > 0 else "Does not agree"
 
 
+def _answer(values: list[float], expected: float) -> str:
+    """The same where no paper claims it."""
+    return {"Agrees": "yes", "Does not agree": "no"}.get(found := _verdict(values, expected), found)
+
+
 def _within(values: list[float], low: float = -math.inf, high: float = math.inf) -> str:
     """Whether the interval of a mean over seeds lies inside `low` to `high`, or outside."""
     if len(values) < 2:
@@ -1004,7 +1009,7 @@ def write_page(results: Results, path: Path) -> Page:
                     )
                     + ".",
                     ". ".join(
-                        f"{name}, keeps more of the old: {_verdict(old, -1)}; learns less: {_verdict(new, 1)}"
+                        f"{name}, keeps more of the old: {_answer(old, -1)}; learns less: {_answer(new, 1)}"
                         for name, (old, new) in found.items()
                     ),
                 )

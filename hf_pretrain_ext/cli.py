@@ -196,7 +196,7 @@ def _load_model(name: str, revision: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype="auto")
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

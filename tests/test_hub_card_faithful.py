@@ -322,6 +322,10 @@ def test_the_lineage_is_drawn(tmp_path: Path) -> None:
         assert life_figure({"run": stages[:1]}) is None and life_figure({"run": [old]}) is None
         crowded = life_figure({"run": [old, many, {"name": "odd", "sources": {"source 39": float("inf")}}]})
         save_png(crowded, tmp_path / "crowded.png")
+        # Lives of unlike lengths, under names of any length: a layout that collapses is a warning, and an error here.
+        save_png(
+            life_figure({"a": [old], "b": stages, **{f"{k} " * 20: [many] for k in range(20)}}), tmp_path / "x.png"
+        )
     words = [each.get_text() for each in crowded.legends[0].get_texts()]
     assert words == [*(f"source {n}" for n in range(34, 40)), "others"]
 

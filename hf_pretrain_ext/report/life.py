@@ -15,6 +15,8 @@ UNKNOWN = 0.12
 """Width of a stage of which no tokens are known, as a share of all that are."""
 NAMED = 0.05
 """Width from which on a stage has room for its name."""
+LANES = 16
+"""Lives that are drawn: the table tells of all."""
 
 
 def life(runs: Sequence[RunRecord]) -> Section | None:
@@ -87,16 +89,17 @@ def life_figure(lives: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
             where those are not known.
 
     Returns:
-        A matplotlib figure; None where no stage of any life has known tokens.
+        A matplotlib figure, of the first 16 lives; None where no stage of theirs has known tokens.
     """
+    lives = dict(list(lives.items())[:LANES])
     widths = {label: [_tokens(stage) for stage in stages] for label, stages in lives.items()}
     if not any(width for each in widths.values() for width in each):
         return None
     colours = _colours(stage for stages in lives.values() for stage in stages)
-    figure = new_figure(0.6 + 1.5 * len(lives))
+    figure = new_figure(0.8 + (1.5 if len(lives) < 4 else 0.75) * len(lives))
     panels = figure.subplots(len(lives), 1, squeeze=False, sharex=True)[:, 0]
     longest = max(sum(each) for each in widths.values())
-    drawn: dict[str, Any] = {}
+    furthest, drawn = 0.0, dict[str, Any]()
     for panel, (run, stages) in zip(panels, lives.items(), strict=True):
         at = 0.0
         for stage, tokens in zip(stages, widths[run], strict=True):
@@ -115,14 +118,25 @@ def life_figure(lives: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
             if width >= NAMED * longest:
                 words = name_text(stage.get("name"), 18) + (" (annealed)" if stage.get("kind") == "anneal" else "")
                 panel.annotate(
-                    words, (at + width / 2, 1.04), ha="center", color=INK, annotation_clip=False, fontsize=8.5
+                    words,
+                    (at + width / 2, 1),
+                    xytext=(0, 4),
+                    textcoords="offset points",
+                    ha="center",
+                    color=INK,
+                    annotation_clip=False,
+                    fontsize=8.5,
                 )
             at += width
-        panel.set_xlim(0, None)
+        furthest = max(furthest, at)
         panel.set_ylim(0, 1)
         panel.grid(False)
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        panel.set_ylabel(name_text(run, 14) if len(lives) > 1 else "share of tokens")
+        panel.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"] if len(lives) < 4 else ["", "", ""])
+        if len(lives) > 1:
+            panel.set_ylabel(name_text(run, 24), rotation=0, ha="right", va="center")
+        else:
+            panel.set_ylabel("share of tokens")
+    panels[-1].set_xlim(0, 1.03 * furthest)
     panels[-1].xaxis.set_major_formatter(lambda value, _: _short(value))
     panels[-1].set_xlabel("tokens read over the life of the model (hatched: not recorded, drawn at any width)")
     figure.legend(

@@ -1,7 +1,9 @@
 """What a replay buffer costs: seconds a step with and without `BufferCallback`, rows a second of the writer.
 
 `python benchmarks/buffer.py [--pairs 24] [--steps 60] [--max_bytes "4 MB"] [--output FILE]` prints a table and writes
-JSON. Ratios compare interleaved pairs in one run: the median of the pairs' ratios with a bootstrap 95 % interval.
+JSON. Ratios compare interleaved pairs in one run: the median of the pairs' ratios with a bootstrap 95 % interval, by
+the clock and by the processor time of all threads, the writer's among them, which other work on the machine moves less
+(with OMP_NUM_THREADS=1, so that no thread burns it in waiting).
 A Llama of 1.3M parameters, 2,048 tokens a step, as in `benchmarks/overhead.py`.
 """
 
@@ -20,8 +22,9 @@ import numpy as np
 import overhead
 
 
-def seconds(steps: int, max_bytes: str | None, workers: int) -> float:
-    """Of a step, from the end of the second to the end of training, with what the buffer does at its end."""
+def seconds(steps: int, max_bytes: str | None, workers: int) -> tuple[float, float]:
+    """Of a step, by the clock and by the processor, from the end of the second to the end of training, with what the
+    buffer does at its end."""
     from transformers import PrinterCallback, TrainerCallback
 
     from hf_pretrain_ext import extend
@@ -30,7 +33,7 @@ def seconds(steps: int, max_bytes: str | None, workers: int) -> float:
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 2:
-                self.began = time.perf_counter()
+                self.began = time.perf_counter(), time.process_time()
 
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
@@ -39,50 +42,56 @@ def seconds(steps: int, max_bytes: str | None, workers: int) -> float:
         trainer.remove_callback(PrinterCallback)
         extend(trainer, *([] if max_bytes is None else [BufferCallback(max_bytes=max_bytes)]))
         trainer.train()
-        return (time.perf_counter() - watch.began) / (steps - 2)
+        wall, processor = (
+            now - then for now, then in zip((time.perf_counter(), time.process_time()), watch.began, strict=True)
+        )
+        return wall / (steps - 2), processor / (steps - 2)
 
 
 def compare(pairs: int, steps: int, max_bytes: str, workers: int) -> dict[str, Any]:
     """Pairs with and without, in turn first and second; the first pair warms up."""
-    ratios, bare = [], []
+    ratios: dict[str, list[float]] = {"by the clock": [], "by the processor": []}
+    bare = []
     for turn in range(pairs + 1):
         arms = [None, max_bytes][:: 1 if turn % 2 else -1]
         took = {arm: seconds(steps, arm, workers) for arm in arms}
         if turn:
-            bare.append(took[None])
-            ratios.append(took[max_bytes] / took[None])
-    drawn = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
-    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
-    return {
-        "ms a step without": round(1000 * statistics.median(bare), 2),
-        "ratio": round(float(np.median(ratios)), 4),
-        "interval": [round(float(low), 4), round(float(high), 4)],
-        "pairs": pairs,
-    }
+            bare.append(took[None][0])
+            for found, ours, theirs in zip(ratios.values(), took[max_bytes], took[None], strict=True):
+                found.append(ours / theirs)
+    made: dict[str, Any] = {"ms a step without": round(1000 * statistics.median(bare), 2), "pairs": pairs}
+    for name, found in ratios.items():
+        drawn = np.random.default_rng(0).choice(found, (10_000, len(found)))
+        low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+        made[f"ratio {name}"] = round(float(np.median(found)), 4)
+        made[f"interval {name}"] = [round(float(low), 4), round(float(high), 4)]
+    return made
 
 
 def own_time(steps: int, max_bytes: str) -> dict[str, float]:
-    """Share of a run's time that the training thread spends in the plug-in: timed inside, so that noise cancels."""
+    """Shares of a run that go into the plug-in, timed inside so that noise cancels: of its time in the training
+    thread, and of its processor time in the thread that writes, beside training."""
     from transformers import PrinterCallback
 
     from hf_pretrain_ext import extend
-    from hf_pretrain_ext.callbacks import BufferCallback
+    from hf_pretrain_ext.callbacks import BufferCallback, buffer
     from hf_pretrain_ext.callbacks.buffer import _Recording
 
-    spent = dict.fromkeys(("see_batches", "on_step_end", "collate"), 0.0)
+    spent = dict.fromkeys(("see_batches", "on_step_end", "collate", "writer"), 0.0)
 
-    def timed(function: Any, name: str) -> Any:
+    def timed(function: Any, name: str, clock: Any = time.perf_counter) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
+            began = clock()
             try:
                 return function(*args, **kwargs)
             finally:
-                spent[name] += time.perf_counter() - began
+                spent[name] += clock() - began
 
         return call
 
-    served = _Recording._served
+    served, store = _Recording._served, buffer._store
     _Recording._served = timed(served, "collate")  # type: ignore[method-assign]
+    buffer._store = timed(store, "writer", time.thread_time)
     try:
         with tempfile.TemporaryDirectory() as folder:
             plugin = BufferCallback(max_bytes=max_bytes)
@@ -91,12 +100,15 @@ def own_time(steps: int, max_bytes: str) -> dict[str, float]:
             trainer, _ = overhead._trainer(folder, steps, [], plugin)
             trainer.remove_callback(PrinterCallback)
             extend(trainer)
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             trainer.train()
-            whole = time.perf_counter() - began
+            whole, used = time.perf_counter() - began, time.process_time() - used
     finally:
-        _Recording._served = served  # type: ignore[method-assign]
-    return {f"{name}, share of the run": round(value / whole, 5) for name, value in spent.items()}
+        _Recording._served, buffer._store = served, store  # type: ignore[method-assign]
+    return {
+        f"{name}, share of the run": round(value / (used if name == "writer" else whole), 5)
+        for name, value in spent.items()
+    }
 
 
 def rows_per_second(rows: int = 40_000, tokens: int = 1024) -> dict[str, float]:
@@ -131,7 +143,8 @@ def main() -> None:
     os.environ["HF_PRETRAIN_EXT_VERBOSITY"] = "error"
     results = {
         "with over without": compare(options.pairs, options.steps, options.max_bytes, options.workers),
-        "the plug-in's own time": own_time(options.steps, options.max_bytes),
+        "the plug-in's own time": own_time(max(options.steps, 40), options.max_bytes),
+        "the plug-in's own time, of 1 GB": own_time(max(options.steps, 40), "1 GB"),
         "rows a second of the writer": rows_per_second(),
     }
     for section, figures in results.items():

@@ -50,11 +50,10 @@ class BufferCallback(TrainerPlugin):
     """Keeps a uniform sample of the rows that training sees in a buffer on disk; changes nothing.
 
     For data that cannot be read again: in a later stage, `ReplayCallback(from_history=True)` replays from the buffer
-    what is not to be had from its files. Every row that
-    is read for the first time has the same chance to be in it, over all stages that write to the folder
-    (`hf_pretrain_ext.buffer` says which rows are kept, and how far rows of other lengths are from that). Rows are kept
-    as the collator gets them: tokenized columns that the model takes. Rows of later passes and replayed rows are not
-    added again.
+    what is not to be had from its files. Every row that is read for the first time has the same chance to be in it,
+    over all stages that write to the folder (`hf_pretrain_ext.buffer` says which rows are kept, and how far rows of
+    other lengths are from that). Rows are kept as the collator gets them: tokenized columns that the model takes. Rows
+    of later passes and replayed rows are not added again.
 
     Training is bit-identical with and without it. Rows go to disk from a thread, in chunks, and before every
     checkpoint; what a resume adds again is left out.

@@ -308,8 +308,8 @@ def carry_optimizer(optimizer: Any, folder: str | Path, was: str | None = None) 
     def refused(why: str) -> CheckpointError:
         return CheckpointError(
             f"the optimizer state of {folder} cannot be carried over: {why}. Train with the optimizer of that "
-            "checkpoint. Leave 'optimizer' out of carry to begin with "
-            "fresh moments (continue_from; a branch of anneal needs the old ones)"
+            "checkpoint. Leave 'optimizer' out of carry to begin with fresh moments (continue_from; a branch of "
+            "anneal needs the old ones)"
         )
 
     now = type(bare(optimizer)).__name__

@@ -217,12 +217,13 @@ def copies_of_buffers(beginning: Beginning, output_dir: str) -> Callable[[str], 
     A copy has the name of what the model's life added to the buffer until this stage: all ranks, a resume, and a stage
     that is begun again after a failure find the same one, and with it the rows that they began with.
     """
-    life = life_of(beginning.history)
     opened: dict[str, ReplayBuffer] = {}
 
     def copied(folder: str) -> ReplayBuffer:
         if folder not in opened:
-            added = sorted(part for source in life.values() for part in source.kept if part[0] == folder)
+            added = sorted(
+                part for source in life_of(beginning.history).values() for part in source.kept if part[0] == folder
+            )
             named = json.dumps([beginning.number, added])
             name = f"{Path(folder).name}-{hashlib.blake2b(named.encode(), digest_size=6).hexdigest()}"
             where = Path(output_dir).absolute() / COPIES / name
@@ -261,7 +262,6 @@ def _lost(lost: list[tuple[LifeSource, str]]) -> Finding:
         f"the rows of {len(lost)} earlier source{'s' * (len(lost) > 1)} cannot be found again: {'; '.join(parts)}",
         f"Pass them by name, data={{{names}}}: the same data again; or, where it is not to be had, public data like "
         "it, or text that the model generated (hf-pretrain-ext recall; see docs/stages.md). In stages to come, "
-        "BufferCallback keeps a sample of what is read. Or leave from_history out and pass "
-        "`dataset`.",
+        "BufferCallback keeps a sample of what is read. Or leave from_history out and pass `dataset`.",
         True,
     )

@@ -459,9 +459,7 @@ def _with_data(
     given: Any, section: str, key: str, config: type, more: tuple[str, ...], optional: bool = False
 ) -> tuple[dict[str, Any], dict[str, DataConfig]]:
     """A section that holds datasets by name under `key` beside the settings of `config` and `more`."""
-    settings = dict(_settings(given, section))
-    names = {f.name for f in dataclasses.fields(config)} | {key, *more}
-    _known(settings, names, section)
+    settings = _with_flags(given, section, config, (key, *more))
     if settings.get(key) is None or settings[key] == {}:
         if not optional:
             raise RecipeError(f"{section}.{key} is missing: name at least one dataset")
@@ -472,8 +470,6 @@ def _with_data(
         if text in data:
             raise RecipeError(f"{section}.{key}: {text!r} is given twice, as text and as a number")
         data[text] = _made(DataConfig, values, f"{section}.{key}.{text}")
-    rest = {name: value for name, value in settings.items() if name not in more}
-    _made(config, rest, section, numbers_as_text=True)
     return settings, data
 
 

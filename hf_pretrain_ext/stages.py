@@ -451,8 +451,8 @@ class LifeSource:
     """What a model's life has read of one source: `samples` and `tokens` are sums over stages (None: not known).
 
     `visits` holds order, key, seed and draws for each stage that read it, replays of its rows apart (None: not known).
-    `kept` holds the replay buffers to which stages that read it added its rows: folder, name of the
-    run there, first number and the one after the last.
+    `kept` holds the replay buffers to which stages that read it added its rows: folder, name of the run there, first
+    number and the one after the last.
     """
 
     name: str

@@ -298,9 +298,13 @@ def test_the_lineage_is_drawn(tmp_path: Path) -> None:
     base = Stage(0, "base", kind="unknown")
     one = Stage(1, "one", steps=4, tokens=300, sources=(SeenSource("one", samples=3, tokens=300),))
     read = (SeenSource("two", samples=3, tokens=75), SeenSource("one", samples=1, tokens=25, replayed=True))
-    two = Stage(2, "deploy", kind="anneal", steps=3, tokens=100, sources=read)
+    plugins = {"reptile": {"every": "2"}, "replay": {"ratio": 0.25}}
+    two = Stage(2, "deploy", kind="anneal", steps=3, tokens=100, sources=read, plugins=plugins)
     write_stages(tmp_path, [base, one, two])
-    assert "](continued_pretraining/stages.png)" in write_card(tmp_path).read_text("utf-8")
+    card = write_card(tmp_path).read_text("utf-8")
+    assert "](continued_pretraining/stages.png)" in card
+    # Reptile stands aside in a branch.
+    assert "| replay | deploy |" in card and "| reptile |" not in card
     assert (tmp_path / "continued_pretraining" / "stages.png").stat().st_size > 10_000
     stages = [{**stage.to_json(), "sources": {s.name: s.tokens for s in stage.sources}} for stage in (base, one, two)]
     with style():

@@ -21,6 +21,7 @@ def options(profile: Path) -> list[str]:
     """No network but this machine, nothing of the user's."""
     return [
         *("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"),
+        "--allow-pre-commit-input",  # else keys that come before the first paint are dropped
         *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
         *("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", f"--user-data-dir={profile}"),
     ]
@@ -48,6 +49,7 @@ class Chromium:
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def __enter__(self) -> Chromium:
         return self

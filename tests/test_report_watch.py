@@ -418,3 +418,44 @@ def test_pausing_and_the_end_of_the_server(tmp_path: Path) -> None:
             assert browser.console == []
         browser.wait_for(f"{status}.includes('has ended')")
         assert browser.evaluate("document.querySelectorAll('section').length") > 8
+
+
+@needs_browser
+def test_an_answer_under_way_changes_nothing_after_the_pause(tmp_path: Path) -> None:
+    """The button is pressed while an answer is awaited: what comes back then is not shown, but asked for again."""
+    folder = tmp_path / "run"
+    status = "document.getElementById('live-status').textContent"
+    sections = "document.querySelectorAll('section').length"
+    # From here on an answer waits until it is let go; `asked` counts the questions, `most` those at one time.
+    gate = """(() => { const real = window.fetch; let now = 0; window.asked = 0; window.most = 0; window.held = [];
+      window.fetch = async (...given) => {
+        window.asked += 1; now += 1; window.most = Math.max(window.most, now);
+        const answer = await real(...given);
+        if (window.held) await new Promise(go => window.held.push(go));
+        now -= 1;
+        return answer; }; })()"""
+    click = "document.getElementById('live-pause').click()"
+    with Chromium(tmp_path / "profile") as browser, serving(folder, every=0.1) as server:
+        browser.open(server.address)
+        browser.wait_for(f"{status} === 'Waiting.'")
+        browser.evaluate(gate)
+        traces.write(folder, traces.events(until=4))
+        until(lambda: "<section" in ask(server)[2])
+        browser.wait_for("window.held.length === 1")
+        browser.evaluate(click)
+        browser.evaluate("window.held.forEach(go => go())")
+        time.sleep(0.5)
+        assert browser.evaluate(f"[{status}, {sections}, window.asked]") == ["Paused.", 0, 1]
+        # Paused and gone on while one answer is held: one line of questions goes on, not two.
+        browser.evaluate("window.held = []")
+        browser.evaluate(click)
+        browser.wait_for("window.held.length === 1")
+        browser.evaluate(f"{click}; {click}")
+        browser.wait_for("window.held.length === 2")
+        browser.evaluate("const held = window.held; window.held = null; window.most = 0; held.forEach(go => go())")
+        browser.wait_for(f"{sections} > 8")
+        browser.wait_for(f"{status}.startsWith('Following. Last change at')")
+        asked = browser.evaluate("window.asked")
+        browser.wait_for(f"window.asked > {asked + 3}")
+        assert browser.evaluate("window.most") == 1
+        assert browser.console == []

@@ -190,7 +190,7 @@ class BenchmarkCallback(TrainerPlugin):
         assert self.run is not None
         path = Path(self.run.output_dir) / "benchmarks.json"
         content = json.dumps(plain({"asked": self.config.to_json(), **self.found}), indent=1, allow_nan=False)
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = path.with_name(f"_{path.name}.tmp")  # pushes leave such names out
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(content, encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -335,6 +336,14 @@ class BufferCallback(TrainerPlugin):
                 run.say(f"buffer: {too_long:,} rows were left out, each too long for max_bytes={self.max_bytes:,}")
         # What comes next on any rank finds the buffer whole.
         run.sum_over_ranks(torch.zeros(1, dtype=torch.int64, device=run.device))
+
+    def end(self) -> None:
+        # Of a training that was broken off: the lock goes to the next, once what is being written is written.
+        written, self._written = self._written, None
+        self._close()
+        error = None if written is None else written.exception()
+        if error is not None and self.run is not None:
+            self.run.say(f"buffer: the last rows could not be written ({reason(error)})", logging.WARNING)
 
     def _close(self) -> None:
         if self._thread is not None:

@@ -377,7 +377,7 @@ class ForgettingCallback(TrainerPlugin):
             return
         folder = Path(self.run.output_dir)
         content = json.dumps(plain(self.history.to_json(self._pasts)), indent=1, allow_nan=False)
-        temporary = folder / "forgetting.json.tmp"
+        temporary = folder / "_forgetting.json.tmp"  # pushes leave such names out
         try:
             folder.mkdir(parents=True, exist_ok=True)
             temporary.write_text(content, encoding="utf-8")

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import nn
+
 from hf_pretrain_ext import _host
 from hf_pretrain_ext.data import columns, is_map_style, is_stream, sample_rows
+from hf_pretrain_ext.loading import ABOUT_NATIVE, is_native
 from hf_pretrain_ext.packing import PackedCollator, check_isolation
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin, overrides
 from hf_pretrain_ext.row_checks import faults_of_rows, looked_up, sample_size
@@ -162,6 +165,7 @@ def _host_problems(setup: Setup) -> list[Problem]:
                     f"Remove that method, or the plug-in that needs {method}.",
                 )
             )
+    problems.extend(_model_problems(setup))
     problems.extend(_distributed_problems(setup))
     problems.extend(_packing_problems(setup))
     asked = processes_asked_for() if setup.args.world_size == 1 else 1
@@ -177,6 +181,27 @@ def _host_problems(setup: Setup) -> list[Problem]:
     if names["wrap_plan"]:
         problems.extend(_plan_problems(names["wrap_plan"], trainer, args))
     return problems
+
+
+def _model_problems(setup: Setup) -> list[Problem]:
+    """A model of which nothing is trained, or whose adapter no resume would find."""
+    trainer, model = setup.trainer, setup.model
+    if trainer.model_init is not None or not isinstance(model, nn.Module):
+        return []
+    if is_native(model):
+        message, _, fix = ABOUT_NATIVE.partition(". ")
+        return [Problem("model", message, f"{fix}.")]
+    parameters = list(model.parameters())
+    wraps = any(overrides(plugin, "wrap_model") for plugin in setup.plugins)
+    if parameters and not wraps and not any(each.requires_grad for each in parameters):
+        return [
+            Problem(
+                "model",
+                f"all of its {len(parameters):,} parameters are frozen, so that nothing would be trained",
+                "Call model.requires_grad_(True), or load an adapter with is_trainable=True.",
+            )
+        ]
+    return []
 
 
 _ISOLATION: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
@@ -316,6 +341,12 @@ def _plan_problems(who: str, trainer: Any, args: Any) -> list[Problem]:
         if strategy == "sequential":
             fix += " and pass `plan=PlanConfig(order='original')` to `extend` to keep the rows in order"
         add(f"train_sampling_strategy={strategy!r} would reorder what the sample plan decides", fix + ".")
+    if args.dataloader_num_workers > 1 and not args.dataloader_in_order:
+        add(
+            "dataloader_in_order=False hands batches over as workers end them: their order would be another each "
+            "time, and a resume would read some twice and others never",
+            "Set it to True.",
+        )
     accelerator_config = args.accelerator_config
     if getattr(accelerator_config, "split_batches", False):
         add("accelerator_config.split_batches=True changes which rank sees which sample", "Set it to False.")

@@ -1,4 +1,4 @@
-"""The command line: `hf-pretrain-ext demo | plan | train | report | card | memory | merge | kill-test | plugins`."""
+"""The command line, `hf-pretrain-ext`: demo, plan, train, report, card, memory, merge, recall, kill-test, plugins."""
 
 from __future__ import annotations
 

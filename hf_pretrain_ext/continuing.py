@@ -27,13 +27,16 @@ from hf_pretrain_ext.loading import (
     is_adapter,
     is_sharded,
     load_weights,
+    missing_names,
     others_below,
     state_of,
 )
 from hf_pretrain_ext.nonfinite import Action
+from hf_pretrain_ext.rng import get_rng_state, set_rng_state
 from hf_pretrain_ext.run import PluginRun
 from hf_pretrain_ext.run_stage import life_of_model, remember_life, revision_of
 from hf_pretrain_ext.stages import STAGES_NAME, Beginning, Stage, check_name, read_stages
+from hf_pretrain_ext.structure import Structure
 from hf_pretrain_ext.trainer import PlanConfig, extend
 from hf_pretrain_ext.units import to_point, to_rate
 from hf_pretrain_ext.values import reason, shown
@@ -526,19 +529,22 @@ def _load(trainer: Any, origin: Origin, carry: tuple[str, ...], model: Any) -> A
     """Loads weights into a model, on all ranks or none; returns it, wrapped where it had to be to fit."""
     if "weights" not in carry or (origin.model is not None and origin.model is model):
         return model
-    notes: list[str] = []
+    before, drawn = Structure(model, *trainer.plugin_run.with_hook("wrap_model")), get_rng_state()
+    wrapped, notes = model, list[str]()
     error = None
     try:
-        model, notes = _loaded(trainer, origin, model)
+        wrapped, notes = _loaded(trainer, origin, model)
     except CheckpointError as refusal:
         error = str(refusal)
     # The first rank that could not says why, for all.
     failed = [text for text in _gathered(trainer, error) if text is not None]
     if failed:
+        before.put_back()
+        set_rng_state(drawn)  # a new adapter is drawn
         raise CheckpointError(failed[0])
-    remember_life(model, origin.stages)
+    remember_life(wrapped, origin.stages)
     _say(trainer, notes)
-    return model
+    return wrapped
 
 
 def _loaded(trainer: Any, origin: Origin, model: Any) -> tuple[Any, list[str]]:
@@ -551,6 +557,8 @@ def _loaded(trainer: Any, origin: Origin, model: Any) -> tuple[Any, list[str]]:
     if origin.model is not None:
         source = origin.model if isinstance(origin.model, dict) else origin.model.state_dict()
     if not fits(model, source):
+        if (renamed := _renamed(model, source, origin)) is not None:
+            return model, [*renamed, *_other_settings(model, origin)]
         # Adapters and modules that plug-ins give a model are there once it is wrapped.
         model = trainer._wrap_plugin_model(model)
     named = [name for name in origin.stages[-1].plugins if name not in {p.name for p in trainer.plugin_run.plugins}]
@@ -558,6 +566,16 @@ def _loaded(trainer: Any, origin: Origin, model: Any) -> tuple[Any, list[str]]:
     notes = load_weights(model, source, origin.text, hint)
     _check_below_adapter(model, origin)
     return model, [*notes, *_other_settings(model, origin)]
+
+
+def _renamed(model: Any, source: Any, origin: Origin) -> list[str] | None:
+    """Loads the files of a model whose names in them are not its own, or nothing; what is to be known of it."""
+    if not isinstance(source, list) or is_adapter(source) or not missing_names(model, source):
+        return None
+    try:
+        return load_weights(model, source, origin.text)
+    except CheckpointError:
+        return None  # for the wrapped model to say
 
 
 def _check_below_adapter(model: Any, origin: Origin) -> None:
@@ -594,10 +612,8 @@ def _other_settings(model: Any, origin: Origin) -> list[str]:
 
 
 def _adapter_of(model: Any) -> Any:
-    found = getattr(model, "peft_config", None)
-    return (
-        found.get(model.active_adapter) if isinstance(found, dict) and isinstance(model.active_adapter, str) else None
-    )
+    found, active = getattr(model, "peft_config", None), getattr(model, "active_adapter", None)
+    return found.get(active) if isinstance(found, dict) and isinstance(active, str) else None
 
 
 def _gathered(trainer: Any, value: Any) -> list[Any]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,28 @@ from hf_pretrain_ext.rng import rng_guard
 from hf_pretrain_ext.values import reason
 
 __all__ = [
+    "ABOUT_NATIVE",
     "base_parts",
     "carry_optimizer",
     "fits",
     "is_adapter",
+    "is_native",
     "is_sharded",
     "load_weights",
+    "missing_names",
     "others_below",
     "state_of",
     "weight_files",
 ]
 
 _INDEX, _SINGLE, _ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
+ABOUT_NATIVE = (
+    "the model's own from_pretrained or add_adapter put its adapter into it, where the Trainer saves it but never "
+    "loads it again. Load it with peft.AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True), or put a "
+    "new one around the model with peft.get_peft_model(model, config)"
+)
+"""What is to be said of a model that `is_native`."""
+_EMBEDDING = ("embed", "wte", "lm_head")
 _LISTED = 8
 """Names that a message lists; of more, their number."""
 _OF_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
@@ -47,13 +58,21 @@ def weight_files(folder: str | Path) -> list[Path]:
         [`~hf_pretrain_ext.checkpoint.CheckpointError`]: an index that cannot be read, or files that it names are gone.
     """
     folder = Path(folder)
+    # A single file first, as the host has it: saving one leaves the index of former shards behind.
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
     if (folder / _INDEX).is_file():
         with reading(folder, _INDEX):
             names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
             if lost := [name for name in names if os.path.basename(name) != name or not (folder / name).is_file()]:
                 raise FileNotFoundError(f"it names {', '.join(lost[:_LISTED])}, which is not there")
         return [folder / name for name in names]
-    return [folder / name for name in (_SINGLE, _ADAPTER) if (folder / name).is_file()][:1]
+    return [folder / _ADAPTER] if (folder / _ADAPTER).is_file() else []
+
+
+def is_native(model: Any) -> bool:
+    """Whether transformers put an adapter into `model` itself, by `from_pretrained` or `add_adapter`."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def is_adapter(files: list[Path]) -> bool:
@@ -102,18 +121,57 @@ def _part(name: str, param: torch.Tensor) -> str:
     return f"{str(param.dtype).removeprefix('torch.')} {shape} {weights_digest({name: param})[:16]}"
 
 
-def _faults(expected: Mapping[str, torch.Tensor], held: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What of `held` does not fit a model's state, one line a kind; a tied weight is held under one of its names."""
+def missing_names(model: Any, files: list[Path]) -> list[str]:
+    """Weights of `model` that its `files` do not hold under that name; a tied one is held under one of its names."""
+    return _missing(model.state_dict(), _shapes(files))
+
+
+def _missing(expected: Mapping[str, torch.Tensor], held: Collection[str]) -> list[str]:
     present = {tensor.data_ptr() for name, tensor in expected.items() if name in held}
-    missing = [name for name, tensor in expected.items() if name not in held and tensor.data_ptr() not in present]
-    unknown = [name for name in held if name not in expected]
-    other = [
-        f"{name}: {held[name]} there, {tuple(tensor.shape)} in the model"
+    return [name for name, tensor in expected.items() if name not in held and tensor.data_ptr() not in present]
+
+
+@dataclass(frozen=True)
+class _Faults:
+    """What of some weights does not fit a model: names, and for those of another shape both shapes."""
+
+    missing: list[str]
+    unknown: list[str]
+    other: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unknown or self.other)
+
+    def lines(self) -> list[str]:
+        other = [f"{name}: {there} there, {ours} in the model" for name, there, ours in self.other]
+        kinds = (("not there", self.missing), ("not in the model", self.unknown), ("of another shape", other))
+        return [f"{what}: {_list(names)}" for what, names in kinds if names]
+
+    @property
+    def is_vocabulary(self) -> bool:
+        """Whether embeddings with other numbers of rows are all that has another shape."""
+        return bool(self.other) and all(
+            there[1:] == ours[1:] and any(part in name for part in _EMBEDDING) for name, there, ours in self.other
+        )
+
+
+def _faults(expected: Mapping[str, torch.Tensor], held: Mapping[str, tuple[int, ...]]) -> _Faults:
+    """What of `held` does not fit a model's state; a tied weight is held under one of its names."""
+    return _Faults(
+        missing=_missing(expected, held),
+        unknown=[name for name in held if name not in expected],
+        other=_of_another_shape(expected, held),
+    )
+
+
+def _of_another_shape(
+    expected: Mapping[str, torch.Tensor], held: Mapping[str, tuple[int, ...]]
+) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    return [
+        (name, held[name], tuple(tensor.shape))
         for name, tensor in expected.items()
         if name in held and held[name] != tuple(tensor.shape)
     ]
-    kinds = (("not there", missing), ("not in the model", unknown), ("of another shape", other))
-    return [f"{what}: {_list(names)}" for what, names in kinds if names]
 
 
 def _apart(expected: Mapping[str, torch.Tensor], origin: list[Path] | Mapping[str, torch.Tensor]) -> list[str]:
@@ -229,16 +287,19 @@ def _load_converted(model: Any, files: list[Path], where: str, hint: str) -> lis
         )
     except Exception as error:  # whatever a model's loading raises is the finding here
         raise CheckpointError(f"{where} cannot be read as a {type(model).__name__} ({reason(error)})") from error
-    missing = sorted(set(report["missing_keys"]) - set(loaded.all_tied_weights_keys))
-    unknown = sorted(report["unexpected_keys"])
-    other = [
-        f"{name}: {tuple(there)} there, {tuple(ours)} in the model"
-        for name, there, ours in sorted(report["mismatched_keys"])
-    ]
-    kinds = (("not there", missing), ("not in the model", unknown), ("of another shape", other))
-    if faults := [f"{what}: {_list(names)}" for what, names in kinds if names]:
+    state = loaded.state_dict()
+    # Modules that were put into the model, which its class does not know, are in the files under their own names.
+    added = {name: tensor for name, tensor in model.state_dict().items() if name not in state}
+    own = {name: _tensor(files, name) for name in added if name in report["unexpected_keys"]}
+    faults = _Faults(
+        missing=sorted({*report["missing_keys"], *added} - {*loaded.all_tied_weights_keys, *own}),
+        unknown=sorted(set(report["unexpected_keys"]) - set(own)),
+        other=[(name, tuple(there), tuple(ours)) for name, there, ours in sorted(report["mismatched_keys"])]
+        + _of_another_shape(added, {name: tuple(tensor.shape) for name, tensor in own.items()}),
+    )
+    if faults:
         raise CheckpointError(_misfit(model, where, faults, hint))
-    return _load(model, loaded.state_dict())
+    return _load(model, {**state, **own})
 
 
 def _load_adapter(model: Any, path: Path, where: str) -> list[str]:
@@ -248,6 +309,8 @@ def _load_adapter(model: Any, path: Path, where: str) -> list[str]:
             "plug-in that did), or merge: PeftModel.from_pretrained(base, folder).merge_and_unload() gives a model to "
             "continue from"
         )
+    if is_native(model):
+        raise CheckpointError(f"{where} holds an adapter, and {ABOUT_NATIVE}")
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -259,17 +322,27 @@ def _load_adapter(model: Any, path: Path, where: str) -> list[str]:
     base = set(model.state_dict())
     held = {name: shape for name, shape in _shapes([path]).items() if name in expected or name not in base}
     if faults := _faults(expected, held):
-        raise CheckpointError(_misfit(model, where, faults, ""))
+        raise CheckpointError(_misfit(model, where, faults, "", is_adapter=True))
     set_peft_model_state_dict(model, load_file(path), adapter_name=adapter)
     return []
 
 
-def _misfit(model: Any, where: str, faults: list[str], hint: str) -> str:
-    lines = [f"{where} does not fit this {type(model).__name__}, and nothing was loaded:", *faults]
-    if any("embed" in fault or "lm_head" in fault or "wte" in fault for fault in faults if "shape" in fault):
+def _misfit(model: Any, where: str, faults: _Faults, hint: str, is_adapter: bool = False) -> str:
+    lines = [f"{where} does not fit this {type(model).__name__}, and nothing was loaded:", *faults.lines()]
+    if faults.is_vocabulary:
         lines.append(
             "Embeddings of another size are another vocabulary: resize them after loading the model from there "
             "(`fit_embeddings`, or `resize_token_embeddings`), and pass carry=(), which takes the history alone."
+        )
+    elif is_adapter:
+        lines.append(
+            "Give the model an adapter of the configuration of that folder: get_peft_model(base, "
+            "PeftConfig.from_pretrained(folder)), or the plug-in that did."
+        )
+    elif hasattr(model, "peft_config"):
+        lines.append(
+            "It holds a whole model, and this one has an adapter: load the base from there, from_pretrained(...), put "
+            "the adapter on it, and pass carry=(), which takes the history alone."
         )
     else:
         lines.append(

@@ -140,12 +140,18 @@ def column_scores(dataset: Any, column: str, *, highest: bool = False) -> NDArra
     names = list(getattr(dataset, "column_names", None) or ())
     if column not in names:
         raise ValueError(f"column must be one of {names}, got {shown(column)}")
-    values = [math.nan if value is None else value for value in dataset[column][:]]
-    wrong = next((value for value in values if isinstance(value, bool) or not isinstance(value, int | float)), None)
+    # As Python's numbers, whatever the dataset is formatted as.
+    plain = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
+    values = [math.nan if value is None else value for value in plain[column][:]]
+    wrong = next((value for value in values if not _is_score(value)), None)
     if wrong is not None:
         raise ValueError(f"column {column!r} must hold numbers, got {shown(wrong)}")
     found = np.asarray(values, dtype=np.float64)
     return -found if highest else found
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, float | np.floating | np.integer) or is_number(value)
 
 
 def score_texts(dataset: Any, scorer: Scorer, *, column: str = "text", batch_size: int = 1024) -> NDArray[np.float64]:
@@ -178,8 +184,9 @@ def score_texts(dataset: Any, scorer: Scorer, *, column: str = "text", batch_siz
                 raise ValueError(
                     f"row {number} holds no text in the column {column!r}, but {shown(rows[number - start])}"
                 )
-        scores = list(scorer(texts))  # type: ignore[arg-type]  # all are texts
-        if len(scores) != len(texts) or not all(isinstance(score, float) or is_number(score) for score in scores):
+        given: Any = scorer(texts)  # type: ignore[arg-type]  # all are texts
+        scores = given.tolist() if hasattr(given, "tolist") else list(given)
+        if not isinstance(scores, list) or len(scores) != len(texts) or not all(map(_is_score, scores)):
             raise ValueError(f"scorer must give one number for each of {len(texts)} texts, got {shown(scores)}")
         parts.append(np.asarray(scores, dtype=np.float64))
     return np.concatenate(parts)

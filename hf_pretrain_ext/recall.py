@@ -102,7 +102,10 @@ def generate_texts(
 
 def _starts(model: Any, tokenizer: Any, prompts: Sequence[str] | None, max_tokens: int) -> list[list[int]]:
     if prompts is None:
-        told = (tokenizer.bos_token_id, model.config.get_text_config().bos_token_id, tokenizer.eos_token_id)
+        configured = model.config.get_text_config().bos_token_id
+        # Configurations have a default for it, which may be an ordinary token here.
+        begins = configured if configured in tokenizer.all_special_ids else None
+        told = (tokenizer.bos_token_id, begins, tokenizer.eos_token_id)
         first = next((token for token in told if isinstance(token, int)), None)
         if first is None:
             raise ValueError("neither tokenizer nor model have a BOS or EOS token to begin a text with: pass prompts")
@@ -136,27 +139,35 @@ def _rows(
     model.eval()
     try:
         for at in range(0, number, batch_size):
-            some = [starts[place % len(starts)] for place in range(at, min(at + batch_size, number))]
-            width = max(map(len, some))
-            ids = torch.full((len(some), width), fill, device=model.device)
-            mask = torch.zeros((len(some), width), dtype=torch.long, device=model.device)
-            for place, row in enumerate(some):
-                ids[place, width - len(row) :] = torch.tensor(row)
-                mask[place, width - len(row) :] = 1
-            model.generation_config = GenerationConfig(
-                do_sample=True,
-                temperature=float(temperature),
-                top_p=float(top_p),
-                top_k=0,
-                max_new_tokens=max_tokens - min(map(len, some)),
-                eos_token_id=sorted(ends) or None,
-                pad_token_id=fill,
-            )
-            with torch.inference_mode():
-                made = model.generate(input_ids=ids, attention_mask=mask)
-            for start, row in zip(some, made[:, width:].tolist(), strict=True):
-                new = row[: max_tokens - len(start)]
-                yield start + new[: next((place for place, token in enumerate(new) if token in ends), len(new))]
+            rows = [list(starts[place % len(starts)]) for place in range(at, min(at + batch_size, number))]
+            open_ones = list(range(len(rows)))
+            while open_ones:
+                # Until the longest is full: behind that it would run out of the model's positions.
+                width = max(len(rows[place]) for place in open_ones)
+                ids = torch.full((len(open_ones), width), fill, device=model.device)
+                mask = torch.zeros((len(open_ones), width), dtype=torch.long, device=model.device)
+                for line, place in enumerate(open_ones):
+                    ids[line, width - len(rows[place]) :] = torch.tensor(rows[place])
+                    mask[line, width - len(rows[place]) :] = 1
+                model.generation_config = GenerationConfig(
+                    do_sample=True,
+                    temperature=float(temperature),
+                    top_p=float(top_p),
+                    top_k=0,
+                    max_new_tokens=max_tokens - width,
+                    eos_token_id=sorted(ends) or None,
+                    pad_token_id=fill,
+                )
+                with torch.inference_mode():
+                    made = model.generate(input_ids=ids, attention_mask=mask)
+                still = []
+                for place, new in zip(open_ones, made[:, width:].tolist(), strict=True):
+                    end = next((number for number, token in enumerate(new) if token in ends), None)
+                    rows[place] += new[:end]
+                    if end is None and len(rows[place]) < max_tokens:
+                        still.append(place)
+                open_ones = still
+            yield from rows
     finally:
         model.generation_config = kept
         model.train(training)

@@ -41,7 +41,7 @@ def _naming(section: str) -> Iterator[None]:
 
 def build(recipe: Recipe) -> Any:
     """The extended Trainer of a recipe; see [`~hf_pretrain_ext.recipe.Recipe.build`]."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoTokenizer, set_seed
 
     from hf_pretrain_ext import anneal, continue_from, extend
     from hf_pretrain_ext.base_model import find_folder
@@ -60,9 +60,7 @@ def build(recipe: Recipe) -> Any:
     options = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
     given = {"name_or_path": spec.name_or_path, "dtype": spec.dtype, **options}
     with _naming(f"model ({', '.join(f'{name}={shown(value)}' for name, value in given.items())})"):
-        model = AutoModelForCausalLM.from_pretrained(
-            spec.name_or_path, revision=spec.revision, dtype=spec.dtype, **options
-        )
+        model = _model(spec.name_or_path, spec.revision, dtype=spec.dtype, **options)
     # One rank prepares, the others read what it cached.
     with args.main_process_first(desc="loading and packing"):
         train = _rows(recipe, recipe.data, tokenizer, "data")
@@ -108,6 +106,20 @@ def _number(value: Any, kind: Callable[[str], Any]) -> Any:
         return kind(value) if isinstance(value, str) else value
     except ValueError:
         return value
+
+
+def _model(path: str, revision: str | None, **options: Any) -> Any:
+    """A causal language model; of an adapter, its base with the adapter around it, to be trained on."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(path, revision=revision) is None:
+        return AutoModelForCausalLM.from_pretrained(path, revision=revision, **options)
+    from peft import PeftConfig, PeftModel
+
+    adapter = PeftConfig.from_pretrained(path, revision=revision)
+    base = AutoModelForCausalLM.from_pretrained(adapter.base_model_name_or_path, revision=adapter.revision, **options)
+    return PeftModel.from_pretrained(base, path, is_trainable=True, revision=revision)
 
 
 def _revision(recipe: Recipe) -> str | None:

@@ -7,36 +7,19 @@ recognise keeps its initial weights, with a warning. Here such a checkpoint is r
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from hf_pretrain_ext.checkpoint import CheckpointError
+from hf_pretrain_ext.loading import is_adapter, missing_names, weight_files
 
 __all__ = ["load_converted", "misnamed"]
 
 
 def misnamed(model: Any, folder: str | Path) -> list[str]:
     """Weights of `model` that the safetensors files in `folder` do not hold under that name, tied ones left out."""
-    held = _names(Path(folder))
-    if held is None:
-        return []
-    state = model.state_dict()
-    # A tied weight is held under one of its names.
-    present = {tensor.data_ptr() for name, tensor in state.items() if name in held}
-    return sorted(name for name, tensor in state.items() if name not in held and tensor.data_ptr() not in present)
-
-
-def _names(folder: Path) -> set[str] | None:
-    from safetensors import safe_open
-
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    if single.is_file():
-        with safe_open(single, framework="pt") as file:
-            return set(file.keys())
-    return None
+    files = weight_files(folder)
+    return [] if not files or is_adapter(files) else sorted(missing_names(model, files))
 
 
 def load_converted(model: Any, folder: str | Path) -> bool:

@@ -534,7 +534,7 @@ class PluginRun:
             return
         try:
             self.stage.write(folder, with_weights)
-        except OSError as error:
+        except (OSError, checkpoint.CheckpointError) as error:
             # Every checkpoint has it: no reason to lose the run.
             self.say(f"stages.json cannot be written into {folder} ({error})", logging.WARNING)
 

@@ -609,6 +609,11 @@ add(
     ),
     ("group_by_length", replaying(train_sampling_strategy="group_by_length"), "train_sampling_strategy='group_by_le"),
     ("sequential", replaying(train_sampling_strategy="sequential"), "plan=PlanConfig(order='original')` to `extend`"),
+    (
+        "batches out of order",
+        replaying(dataloader_num_workers=2, dataloader_in_order=False),
+        "dataloader_in_order=False hands batches over as workers end them",
+    ),
     ("split_batches", replaying(accelerator_config={"split_batches": True}), "split_batches=True changes which rank"),
     ("dispatch_batches", replaying(accelerator_config={"dispatch_batches": True}), "dispatch_batches=True reads all"),
     ("auto_find_batch_size", extending(Toy, auto_find_batch_size=True), "toy: auto_find_batch_size would change the"),

@@ -171,10 +171,27 @@ def test_kenlm(tmp_path: Path) -> None:
         KenLMScorer(tmp_path / "odd")
 
 
+@pytest.mark.parametrize("make", [np.float32, np.int64, np.array, torch.tensor, tuple])
+def test_scores_of_any_kind_of_number(make: Any) -> None:
+    """One by one as NumPy's scalars, or all as an array."""
+
+    def scorer(texts: Any) -> Any:
+        lengths = [len(text) for text in texts]
+        return [make(each) for each in lengths] if isinstance(make, type) and make is not tuple else make(lengths)
+
+    assert score_texts([{"text": "aa"}, {"text": "a"}], scorer).tolist() == [2.0, 1.0]
+
+
 def test_columns() -> None:
     data = Dataset.from_dict({"score": [0.5, None, 2.0], "text": ["a", "b", "c"]})
     assert select_best(column_scores(data, "score", highest=True), share=0.3) == [2]
     assert select_best(column_scores(data, "score"), share=1.0) == [0, 2]
+    for kind in ("numpy", "torch", "arrow"):
+        ordered = Dataset.from_dict({"whole": [3, 1], "part": [0.5, 0.25]}).with_format(kind)
+        assert column_scores(ordered, "whole").tolist() == [3, 1] and column_scores(ordered, "part").tolist() == [
+            0.5,
+            0.25,
+        ]
     with pytest.raises(ValueError, match=r"column must be one of \['score', 'text'\], got 'scores'"):
         column_scores(data, "scores")
     with pytest.raises(ValueError, match="column 'text' must hold numbers, got 'a'"):
@@ -218,6 +235,14 @@ def test_a_share_is_that_many_rows(share: float, rows: int) -> None:
         (lambda: select_best([math.nan], share=0.5), "no row has a score"),
         (lambda: score_texts([{"text": "a"}], lambda texts: []), "scorer must give one number for each of 1 texts"),
         (lambda: score_texts([{"text": "a"}], lambda texts: ["1"]), "scorer must give one number for each of 1 texts"),
+        (
+            lambda: score_texts([{"text": "a"}], lambda texts: np.ones((1, 2))),
+            "scorer must give one number for each of 1",
+        ),
+        (
+            lambda: score_texts([{"text": "a"}], lambda texts: np.float64(1)),
+            "scorer must give one number for each of 1",
+        ),
         (lambda: score_texts([{"text": None}], len), "row 0 holds no text in the column 'text'"),
         (lambda: score_texts([], len), "dataset must have rows by number, and at least one, got list"),
         (

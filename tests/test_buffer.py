@@ -296,7 +296,7 @@ import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import test_buffer
 print("ready", flush=True)
-test_buffer.LENGTHS = test_buffer.LENGTHS * 20
+test_buffer.LENGTHS = test_buffer.LENGTHS * 200
 test_buffer.fill(Path({str(tmp_path)!r}))
 """
     draw, kills = random.Random(0), 0
@@ -310,7 +310,7 @@ test_buffer.fill(Path({str(tmp_path)!r}))
         kills += 1
         if (tmp_path / storage.MANIFEST).exists():
             there = ReplayBuffer.open(tmp_path)
-            sizes = [bytes_of(length) for length in (LENGTHS * 20)[: there.manifest.through]]
+            sizes = [bytes_of(length) for length in (LENGTHS * 200)[: there.manifest.through]]
             assert there.numbers.tolist() == reference(5, sizes, (1 << 20) * 2 // 3)
     assert kills >= 1
 
@@ -495,6 +495,20 @@ def test_a_copy_of_a_buffer_that_changes_meanwhile(tmp_path: Path) -> None:
     with pytest.raises(ReplayBufferError, match=r"could not be copied to .*full .*a new or an empty one"):
         ReplayBuffer.open(tmp_path / "copy").copy(tmp_path / "full")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["buffer", "copy", "full"]
+
+
+def test_rows_that_a_run_has_replaced_since_are_named(tmp_path: Path) -> None:
+    """Opened, then written to; a copy stays as it was."""
+    writer = BufferWriter(tmp_path / "buffer", 1 << 20)
+    writer.add([row(n, 60) for n in range(200)])
+    opened = ReplayBuffer.open(tmp_path / "buffer")
+    copied = opened.copy(tmp_path / "copy")
+    writer.add([row(200, 60)])
+    with pytest.raises(
+        ReplayBufferError, match=r"is gone: a run that adds rows .*Open the buffer again; rows of its c"
+    ):
+        opened.dataset()
+    assert len(copied.dataset()) == 200 and len(ReplayBuffer.open(tmp_path / "buffer").dataset()) == 201
 
 
 @pytest.mark.parametrize(("commits", "fits"), [(1, True), (5, True), (storage.TRIES, False)])

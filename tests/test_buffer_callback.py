@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -399,11 +402,13 @@ def test_a_stop_before_the_end_leaves_the_stage_open(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_ends_training_with_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = extend(tiny.trainer(tmp_path, BufferCallback(max_bytes=MIB)))
+    plugin = BufferCallback(max_bytes=MIB)
+    trainer = extend(tiny.trainer(tmp_path, plugin))
 
     class Fills(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 2:
+                plugin._wait()
                 monkeypatch.setattr("hf_pretrain_ext.buffer.storage.os.replace", full)
 
     def full(*_: Any) -> None:
@@ -414,6 +419,41 @@ def test_a_disk_that_is_full_ends_training_with_one_error(tmp_path: Path, monkey
         trainer.train()
     monkeypatch.undo()
     assert len(ReplayBuffer.open(tmp_path / "_replay_buffer")) >= 4
+
+
+def test_a_training_that_breaks_off_hands_the_folder_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is being written then is written, however slow, before `train()` raises; another writer may begin."""
+    committing = BufferWriter._commit
+
+    def slow(self: Any, state: Any) -> None:
+        time.sleep(0.3)
+        committing(self, state)
+
+    monkeypatch.setattr(BufferWriter, "_commit", slow)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, BufferCallback(max_bytes=MIB), Stops(99, 2))
+    found = ReplayBuffer.open(tmp_path / "_replay_buffer")
+    assert found.seen >= 4
+    monkeypatch.undo()
+    script = f"from hf_pretrain_ext.buffer import BufferWriter; BufferWriter({str(found.folder)!r}, {MIB})"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
+def test_rows_that_were_lost_as_training_broke_off_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    class Breaks(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                raise KeyboardInterrupt
+            monkeypatch.setattr("hf_pretrain_ext.buffer.storage.os.replace", full)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, BufferCallback(max_bytes=MIB), Breaks())
+    assert "buffer: the last rows could not be written" in caplog.text
 
 
 def test_a_collator_without_dicts_is_named(tmp_path: Path) -> None:

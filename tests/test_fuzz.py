@@ -44,7 +44,7 @@ FUZZ = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-SECONDS = 5
+SECONDS = 60
 LONGEST_MESSAGE = 20_000
 
 

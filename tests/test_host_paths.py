@@ -75,11 +75,15 @@ class Terminated(TrainerCallback):
 
     def __init__(self, at: int):
         self.at = at
+        self.host: Any = None
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.at:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.2)  # the host asks for the checkpoint from a timer's thread
+            # The host asks for the checkpoint from a timer's thread.
+            until = time.monotonic() + 60
+            while not self.host.jit_manager.is_checkpoint_requested and time.monotonic() < until:
+                time.sleep(0.01)
 
 
 def test_sigterm_within_a_step_resumes_exactly(tmp_path: Path) -> None:
@@ -92,9 +96,10 @@ def test_sigterm_within_a_step_resumes_exactly(tmp_path: Path) -> None:
 
     whole = build(tmp_path / "whole")
     whole.train()
-    stopped = build(tmp_path / "run", Terminated(at=3))
+    terminated = Terminated(at=3)
+    stopped = build(tmp_path / "run", terminated)
     handler = next(cb for cb in stopped.callback_handler.callbacks if isinstance(cb, JITCheckpointCallback))
-    handler.jit_manager.kill_wait = 0
+    terminated.host, handler.jit_manager.kill_wait = handler, 0
     stopped.train()
     saved = tmp_path / "run" / "checkpoint-3"
     assert (saved / "hf_pretrain_ext" / "state.json").is_file() and find_faults(saved) == []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from test_recipe import text
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_pretrain_ext import pack
 from hf_pretrain_ext.cli import main
@@ -93,6 +93,30 @@ def test_a_text_ends_at_its_end_and_control_tokens_stay_text() -> None:
     mean = sum(found["tokens"]) / 200 - prompt
     # A geometric distribution: n / 2 of n / 2 + n − 1.
     assert mean == pytest.approx(2, abs=0.6)
+
+
+def test_prompts_of_unlike_lengths_stay_within_the_positions() -> None:
+    """GPT-2 has a learned position for each place and none behind the last."""
+    torch.manual_seed(0)
+    made = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(TOKENIZER), n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=None)
+    )
+    made.generation_config.eos_token_id = made.config.eos_token_id = None
+    with torch.no_grad():
+        made.transformer.wte.weight[END] = 0  # seldom ends
+    prompts = ["a", "zq" * 25, "something of a length between them"]
+    found = generate_texts(made, TOKENIZER, 30, prompts=prompts, max_tokens=64)
+    assert all(text.startswith(prompts[place % 3]) for place, text in enumerate(found["text"][:]))
+    assert max(found["tokens"][:]) == 64
+
+
+def test_a_configurations_own_default_is_no_beginning() -> None:
+    """`LlamaConfig` says that BOS is token 1 unless told otherwise; here it is an ordinary sign."""
+    made = model()
+    told = generate_texts(made, TOKENIZER, 20, max_tokens=8)["text"][:]
+    made.config.bos_token_id = 1
+    assert 1 not in TOKENIZER.all_special_ids
+    assert generate_texts(made, TOKENIZER, 20, max_tokens=8)["text"][:] == told
 
 
 def test_nothing_else_is_changed() -> None:

@@ -14,7 +14,9 @@ import pytest
 import tiny
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_pretrain_ext import PluginError, read_trace
 from hf_pretrain_ext.callbacks import ForgettingCallback, MetadataCallback, ReplayCallback, RewarmCallback
@@ -317,6 +319,30 @@ def test_a_stage_after_others(world: Path, first_stage: Path, tmp_path: Path) ->
     rates = {line["learning_rate"] for line in made.state.log_history if "learning_rate" in line}
     assert rates == {stages[1].rate}
     assert {source.name: source.replayed for source in stages[2].sources} == {"second": False, "stage-1": True}
+
+
+def test_a_stage_after_an_adapter(world: Path, tmp_path: Path) -> None:
+    """The checkpoint holds the adapter alone; the model is its base with the adapter around it, to be trained."""
+    base = AutoModelForCausalLM.from_pretrained(world / "model")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)
+    adapted.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(world / "model").save_pretrained(tmp_path / "adapter")
+    settings = later(
+        world,
+        tmp_path / "out",
+        continue_from={"checkpoint": str(tmp_path / "adapter"), "name": "second"},
+        rewarm={"peak_lr": 1e-2, "warmup": 1},
+    )
+    made = load_recipe(written(tmp_path / "r.yaml", settings)).build()
+    expected = {name: value.clone() for name, value in adapted.state_dict().items()}
+    assert all(torch.equal(value, expected[name]) for name, value in made.model.state_dict().items())
+    made.train()
+    now = made.model.state_dict()
+    assert {"lora_" in name for name in now if not torch.equal(now[name], expected[name])} == {True}
 
 
 def test_a_stage_that_warms_up_all_the_same(world: Path, first_stage: Path, tmp_path: Path) -> None:

@@ -439,13 +439,15 @@ def test_an_answer_under_way_changes_nothing_after_the_pause(tmp_path: Path) -> 
         browser.open(server.address)
         browser.wait_for(f"{status} === 'Waiting.'")
         browser.evaluate(gate)
+        browser.wait_for("window.held.length === 1")  # no question from before the gate is under way any more
         traces.write(folder, traces.events(until=4))
         until(lambda: "<section" in ask(server)[2])
-        browser.wait_for("window.held.length === 1")
+        browser.evaluate("window.held.shift()()")
+        browser.wait_for("window.asked === 2 && window.held.length === 1")
         browser.evaluate(click)
         browser.evaluate("window.held.forEach(go => go())")
         time.sleep(0.5)
-        assert browser.evaluate(f"[{status}, {sections}, window.asked]") == ["Paused.", 0, 1]
+        assert browser.evaluate(f"[{status}, {sections}, window.asked]") == ["Paused.", 0, 2]
         # Paused and gone on while one answer is held: one line of questions goes on, not two.
         browser.evaluate("window.held = []")
         browser.evaluate(click)

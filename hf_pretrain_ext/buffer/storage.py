@@ -315,7 +315,7 @@ class ReplayBuffer:
                 alone. Row number n of the buffer is sample n of its first stage; those of the next one follow.
 
         Raises:
-            [`ReplayBufferError`]: there are none.
+            [`ReplayBufferError`]: there are none, or a run has replaced files since the buffer was opened.
         """
         from datasets import Dataset, concatenate_datasets
 
@@ -325,7 +325,14 @@ class ReplayBuffer:
         for chunk, kept, numbers in zip(self.manifest.chunks, self._kept, self._numbers, strict=True):
             wanted = (numbers >= start) & (numbers < (np.iinfo(np.int64).max if stop is None else stop))
             if wanted.any():
-                parts.append(Dataset.from_file(str(self.folder / chunk.file)).select(kept[wanted]))
+                try:
+                    part = Dataset.from_file(str(self.folder / chunk.file))
+                except FileNotFoundError as error:
+                    raise ReplayBufferError(
+                        f"{self.folder / chunk.file} is gone: a run that adds rows has put another in its place. "
+                        "Open the buffer again; rows of its copy(folder) stay as they are"
+                    ) from error
+                parts.append(part.select(kept[wanted]))
                 found.append(numbers[wanted])
         if not parts:
             end = "on" if stop is None else f"to {stop:,}"

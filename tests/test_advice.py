@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import warm
 from datasets import Dataset
 from transformers import BertConfig, BertForMaskedLM
 
@@ -264,7 +265,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the example leaves, run as a user runs it with fewer steps."""
     folder = tmp_path_factory.mktemp("stability_gap")
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(EXAMPLES / "stability_gap.py"), "--steps", "12"]
+    command = [*warm.python(), str(EXAMPLES / "stability_gap.py"), "--steps", "12"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

@@ -7,7 +7,6 @@ import importlib
 import inspect
 import re
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import settings
 import tiny
+import warm
 import yaml
 from transformers import TrainerCallback, default_data_collator
 
@@ -144,7 +144,7 @@ def test_sections(name: str) -> None:
 
 def test_the_readme_and_the_sections_api_are_what_front_matter_and_classes_say() -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "docs" / "_generated.py", "--check"], capture_output=True, text=True, cwd=ROOT
+        [*warm.python(), ROOT / "docs" / "_generated.py", "--check"], capture_output=True, text=True, cwd=ROOT
     )
     assert (done.returncode, done.stdout) == (0, ""), f"{done.stdout}{done.stderr}: run `make tables`"
 

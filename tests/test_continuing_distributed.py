@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import continuing_worker
 import pytest
 import torch
+import warm
 
 pytestmark = pytest.mark.distributed
 
@@ -29,7 +29,7 @@ def one(folder: Path) -> dict[str, Any]:
 
 
 def launch(folder: Path, name: str, base: str, where: str = "ddp") -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = warm.ranks(2)
     command += [
         continuing_worker.__file__,
         base,

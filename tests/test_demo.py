@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from safetensors import safe_open
 
 from hf_pretrain_ext import __version__, read_trace
@@ -36,7 +36,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("demo") / "output"
     options = [str(part) for name, value in SHRUNK.items() for part in (f"--{name}", value)]
     done = subprocess.run(
-        [sys.executable, "-m", "hf_pretrain_ext.cli", "demo", "--output", str(folder), "--domain", "python", *options],
+        [*warm.python(), "-m", "hf_pretrain_ext.cli", "demo", "--output", str(folder), "--domain", "python", *options],
         capture_output=True,
         text=True,
         env=dict(os.environ),
@@ -83,7 +83,7 @@ def test_what_it_writes(demo: tuple[Path, str]) -> None:
         assert weights.keys()
     loading = said.split("To load it:")[1].strip()
     assert (folder / "load.py").read_text().strip() == loading
-    done = subprocess.run([sys.executable, "-c", loading], capture_output=True, text=True, cwd=folder.parent)
+    done = subprocess.run([*warm.python(), "-c", loading], capture_output=True, text=True, cwd=folder.parent)
     assert done.returncode == 0 and done.stdout.startswith("The file"), done.stderr[-2000:]
 
 

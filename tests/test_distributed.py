@@ -18,6 +18,7 @@ from typing import Any
 import distributed_worker
 import pytest
 import torch
+import warm
 
 from hf_pretrain_ext.checkpoint import find_faults
 
@@ -31,7 +32,9 @@ RESUMABLE = ["ddp", *(pytest.param(w, marks=[needs_deepspeed, pytest.mark.slow])
 
 
 def start(folder: Path, name: str, where: str, ranks: int = 2, **arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    cold = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    # DeepSpeed looks at its environment as it is imported.
+    command = cold if where.startswith("zero") else warm.ranks(ranks)
     command += [distributed_worker.__file__, str(folder / name), str(folder / f"{name}-out"), where]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([*command, json.dumps(arguments)], capture_output=True, text=True, env=environment)
@@ -230,6 +233,7 @@ def test_accelerate_that_starts_one_process_is_noticed(tmp_path: Path) -> None:
         f"extend(tiny.trainer({str(tmp_path / 'out')!r}))\n"
     )
     for number, said in ((2, True), (1, False)):
+        # The command that it was started with is looked at, so it needs one of its own.
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(number)]
         done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, env=dict(os.environ))
         assert done.returncode == 0, done.stderr[-2000:]

@@ -20,6 +20,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import warm
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -108,7 +109,7 @@ def command_line(model: Path, output: Path, files: dict[str, str], **more: Any) 
 def run_script(name: str, arguments: list[str], cache: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache)}
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments], capture_output=True, text=True, env=environment
+        [*warm.python(), str(EXAMPLES / name), *arguments], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

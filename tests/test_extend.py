@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import warm
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from hf_pretrain_ext import PlanConfig, PluginError, PluginTrainerMixin, Problem, SamplePlan, TrainerPlugin, extend
@@ -310,7 +310,7 @@ assert tiny.same_weights(copy, trainer)
 def test_an_extended_trainer_pickles_as_before(tmp_path: Path) -> None:
     """In a new process: once any Trainer has trained, accelerate's shared state keeps bare ones from pickling too."""
     done = subprocess.run(
-        [sys.executable, "-c", PICKLED, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parent
+        [*warm.python(), "-c", PICKLED, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parent
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

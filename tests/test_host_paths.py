@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -19,6 +18,7 @@ import settings
 import tiny
 import torch
 import transformers
+import warm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
@@ -190,6 +190,6 @@ assert tiny.history(copy)[:-1] == tiny.history(trainer)[:-1]
 
 
 def test_a_pickled_trainer_trains_the_same(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PICKLED, str(tmp_path)]
+    command = [*warm.python(), "-c", PICKLED, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr[-2000:]

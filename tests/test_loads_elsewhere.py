@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 import settings
 import tiny
 import torch
+import warm
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -57,8 +57,16 @@ assert not [name for name in sys.modules if name.startswith("hf_pretrain_ext.")]
 
 def elsewhere(folder: Path, base: Path | None, output: Path) -> tuple[dict[str, torch.Tensor], str]:
     """Logits of what lies in `folder`, by a process without this package; and what it says."""
-    python = os.environ.get("ELSEWHERE_PYTHON", sys.executable)
-    command = [python, "-c", LOADER, str(folder), str(base or ""), json.dumps(IDS.tolist()), str(output)]
+    other = os.environ.get("ELSEWHERE_PYTHON")
+    command = [
+        *([other] if other else warm.python()),
+        "-c",
+        LOADER,
+        str(folder),
+        str(base or ""),
+        json.dumps(IDS.tolist()),
+        str(output),
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, cwd=output.parent, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

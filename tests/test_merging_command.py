@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -186,7 +187,7 @@ def test_the_example_chooses_and_merges(
 ) -> None:
     script, toys = ROOT / "examples" / "merge_checkpoints.py", tmp_path / "toys"
     done = subprocess.run(
-        [sys.executable, str(script), "--output_dir", str(toys)], capture_output=True, text=True, env=dict(os.environ)
+        [*warm.python(), str(script), "--output_dir", str(toys)], capture_output=True, text=True, env=dict(os.environ)
     )
     assert done.returncode == 0, done.stderr[-3000:]
     table = [[float(part) for part in line.split()] for line in done.stdout.splitlines()[1:-1]]

@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import warm
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -242,7 +243,7 @@ def test_a_kill_leaves_what_was_there(folders: dict[str, Path], tmp_path: Path) 
         if output.name == "old":
             merging.average([folders["base"], folders["adapted"]], output=output)
             before = {path.name: path.read_bytes() for path in output.iterdir()}
-        command = [sys.executable, "-c", KILLED, str(folders["base"]), str(folders["instruct"]), str(output)]
+        command = [*warm.python(), "-c", KILLED, str(folders["base"]), str(folders["instruct"]), str(output)]
         assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
     assert not (tmp_path / "new").exists()
     assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before

@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import settings
 import tiny
 import torch
+import warm
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional
@@ -768,7 +768,7 @@ def test_beside_metadata_and_replay(tmp_path: Path) -> None:
 @pytest.mark.docs
 def test_the_example_runs(tmp_path: Path) -> None:
     script = Path(__file__).resolve().parents[1] / "examples" / "meta_tokens.py"
-    command = [sys.executable, str(script), "--output_dir", str(tmp_path / "out"), "--max_steps", "4"]
+    command = [*warm.python(), str(script), "--output_dir", str(tmp_path / "out"), "--max_steps", "4"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path)}
     )

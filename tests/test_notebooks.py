@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from loopback_hub import Hub
@@ -121,8 +122,25 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Execute = Callable[..., Any]
 
 
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[warm.Warm, dict[str, str]]]:
+    """Where kernels come from, and what of their environment is that of the machine they all run on."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HPE_"))}
+    own = {
+        "HF_HOME": str(tmp_path_factory.mktemp("home")),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    server = warm.Warm({**kept, **own})
+    yield server, {**kept, **own}
+    server.close()
+
+
 @pytest.fixture
-def execute(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Execute]:
+def execute(
+    stand_in: Path, kernels: tuple[warm.Warm, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Execute]:
     """Runs a notebook in `tmp_path / "work"` and returns it with its outputs; an error in a cell is raised."""
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
@@ -130,21 +148,19 @@ def execute(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     spec = tmp_path / "kernels" / "here"
     spec.mkdir(parents=True)
-    start = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (spec / "kernel.json").write_text(json.dumps({"argv": start, "display_name": "here", "language": "python"}))
     work = tmp_path / "work"
     shutil.copytree(stand_in, work / "runs" / "stand_in")
 
     def run(notebook: Any, **variables: str) -> Any:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HPE_"))}
+        server, common = kernels
         own = {
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "1",
             "IPYTHONDIR": str(tmp_path / "ipython"),
-            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "TOKENIZERS_PARALLELISM": "false",
         }
+        # What libraries read as they are imported asks for an interpreter that has not imported them.
+        python = [sys.executable] if any(name.startswith("HF_") for name in variables) else server.python
+        start = [*python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        (spec / "kernel.json").write_text(json.dumps({"argv": start, "display_name": "here", "language": "python"}))
         specs = KernelSpecManager(kernel_dirs=[str(tmp_path / "kernels")], ensure_native_kernel=False)
         manager = AsyncKernelManager(kernel_name="here", kernel_spec_manager=specs)
         client = nbclient.NotebookClient(
@@ -155,7 +171,7 @@ def execute(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             resources={"metadata": {"path": str(work)}},
         )
         # A manager that is handed in would be left alone, and its kernel running.
-        done = client.execute(cleanup_kc=True, env={**kept, **own, **variables})
+        done = client.execute(cleanup_kc=True, env={**common, **own, **variables})
         assert not manager.has_kernel
         return done
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Sequence, Value, load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -407,7 +407,7 @@ for settings in ({{}}, {{"seed": 1}}, {{"num_proc": 2}}):
     rows = pack(load_from_disk({source!r}), made, 16, **settings)
     print(rows.cache_files[0]["filename"])
 """
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    ran = subprocess.run([*warm.python(), "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert ran.returncode == 0, ran.stderr
     assert files() == before
     assert ran.stdout.splitlines()[0] == rows.cache_files[0]["filename"]

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import warm
+
 TEMPLATE = Path(__file__).resolve().parents[1] / "examples" / "plugin_template"
 
 
@@ -29,10 +31,10 @@ def test_its_tests_pass_and_it_is_found(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     environment = {**os.environ, "PYTHONPATH": str(site)}
     listed = subprocess.run(
-        [sys.executable, "-m", "hf_pretrain_ext", "plugins"], capture_output=True, text=True, env=environment
+        [*warm.python(), "-m", "hf_pretrain_ext", "plugins"], capture_output=True, text=True, env=environment
     )
     assert "zloss        hpe_zloss.ZLossCallback" in listed.stdout, listed.stderr[-2000:]
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(copied / "tests")]
+    tests = [*warm.python(), "-m", "pytest", "-q", "-p", "no:cacheprovider", str(copied / "tests")]
     done = subprocess.run(tests, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "11 passed" in done.stdout, done.stdout[-500:]

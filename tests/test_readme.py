@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_python_blocks_run_as_pasted(number: int, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKS[number]], capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ)
+        [*warm.python(), "-c", BLOCKS[number]], capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ)
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("forgetting.json", "forgetting.png", "trace.jsonl"):

@@ -6,13 +6,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import warm
 import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -202,7 +202,7 @@ LAUNCHERS = {
 
 
 def command(*arguments: Any, ranks: int = 0, launcher: str = "torchrun") -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m"]
+    start = [*warm.python(), "-m"]
     if ranks:
         start += [*LAUNCHERS[launcher], str(ranks), "-m"]
     return subprocess.run(

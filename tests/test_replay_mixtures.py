@@ -11,7 +11,6 @@ import math
 import os
 import random
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import warm
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, HfArgumentParser, Trainer, TrainerCallback
 
@@ -859,8 +859,7 @@ def ranks(folder: Path, case: str, name: str) -> list[dict[str, Any]]:
 def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Whole runs on two ranks, and their resumes in the second and in the third epoch by new trainers."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(Path(__file__).with_name("mixture_worker.py")), str(folder)]
+    command = [*warm.ranks(2), str(Path(__file__).with_name("mixture_worker.py")), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import settings
 import tiny
+import warm
 
 from hf_pretrain_ext import extend
 from hf_pretrain_ext.checkpoint import CheckpointError, find_faults
@@ -46,7 +46,7 @@ def build(folder: Any, *callbacks: Any) -> Any:
 def test_a_full_disk(limit: int, tmp_path: Path) -> None:
     """Wherever in the save the disk is full: at the first byte, in the weights, in the optimizer's state."""
     script = FULL.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "run"), limit=limit)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ))
+    done = subprocess.run([*warm.python(), "-c", script], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("hf_pretrain_ext.checkpoint.CheckpointError: the checkpoint "), done.stderr[-2000:]

@@ -7,13 +7,13 @@ import math
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import settings
 import tiny
+import warm
 
 from hf_pretrain_ext import continue_from, extend
 from hf_pretrain_ext.callbacks import ForgettingCallback
@@ -131,7 +131,7 @@ def test_trackio_shows_every_scalar_at_its_step(tmp_path: Path) -> None:
     pytest.importorskip("trackio", reason="trackio is not installed")
     script = TRACKIO.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*warm.python(), "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     wanted, shown = json.loads((tmp_path / "found.json").read_text())
     assert {"train/replay_ratio", "eval/old_loss", "train/reptile_displacement"} <= set(wanted)

@@ -7,12 +7,15 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_pretrain_ext.gradnormlorp import GradNormLoRP, Memory, adapter_groups, measured_state, memory_of, param_groups
 from hf_pretrain_ext.gradnormlorp.optimizer import settings_of
 from hf_pretrain_ext.plugin import Problem, Setup, TrainerPlugin
+from hf_pretrain_ext.rng import rng_guard
+from hf_pretrain_ext.values import reason
 
 __all__ = ["GradNormLoRPCallback"]
 
@@ -300,6 +303,27 @@ class GradNormLoRPCallback(TrainerPlugin):
                     ),
                 )
                 return
+        if error := self._refusal(model):
+            yield Problem(
+                self.name,
+                f"PEFT does not put this adapter into a {type(model).__name__}: {reason(error)}",
+                "Name target_modules that it can adapt, such as ['q_proj', 'v_proj'].",
+            )
+
+    def _refusal(self, model: nn.Module) -> Exception | None:
+        """What PEFT itself says, of a copy of the model without weights."""
+        from peft import get_peft_model
+
+        with rng_guard(), torch.device("meta"):
+            try:
+                bare = type(model)(copy.deepcopy(model.config))
+            except Exception:  # a class that is not made from its config alone: train() will see
+                return None
+            try:
+                get_peft_model(bare, copy.deepcopy(self.adapter))
+            except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+                return error
+        return None
 
     def _check_layerwise(self, setup: Setup) -> Iterable[Problem]:
         args, who = setup.args, f"{self.name}[layerwise]"

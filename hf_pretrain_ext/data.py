@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,15 +79,25 @@ def sample_rows(num_rows: int, size: int = SAMPLE, seed: int = 0) -> list[int]:
 def token_rows(dataset: Any, rows: Sequence[int], column: str = "input_ids") -> list[NDArray[np.int64]]:
     """The token ids in `column` of some rows, as int64 arrays; rows without that column are left out."""
     if _is_arrow(dataset) and column in columns(dataset):
-        chosen = dataset.select_columns([column])
         try:
-            found: Iterable[Any] = chosen.with_format("numpy")[list(rows)][column]
+            found: Iterable[Any] = _view(dataset, column, "numpy")[list(rows)][column]
         except AttributeError:  # of `datasets`, where a row is None
-            found = chosen.with_format(None)[list(rows)][column]
+            found = _view(dataset, column, None)[list(rows)][column]
     else:
         items = [dataset[row] for row in rows]
         found = [item[column] for item in items if isinstance(item, Mapping) and column in item]
     return [flat for ids in found if (flat := _flat_ids(ids)) is not None]
+
+
+_VIEWS: WeakKeyDictionary[Any, dict[tuple[str, str | None], Any]] = WeakKeyDictionary()
+"""One column of a dataset in one format: to make it takes longer than to read a thousand rows."""
+
+
+def _view(dataset: Any, column: str, form: str | None) -> Any:
+    views = _VIEWS.setdefault(dataset, {})
+    if (column, form) not in views:
+        views[column, form] = dataset.select_columns([column]).with_format(form)
+    return views[column, form]
 
 
 def _is_arrow(dataset: Any) -> bool:
@@ -113,7 +124,7 @@ def fault_of_ids(dataset: Any, rows: Sequence[int], column: str = "input_ids") -
     'input_ids of float64 instead of integers'
     """
     if _is_arrow(dataset) and column in columns(dataset):
-        return _fault_of_arrow(dataset.select_columns([column]).with_format("arrow")[list(rows)][column], column)
+        return _fault_of_arrow(_view(dataset, column, "arrow")[list(rows)][column], column)
     for row in rows:
         item = dataset[row]
         if not isinstance(item, Mapping) or column not in item:

@@ -300,7 +300,7 @@ test_buffer.LENGTHS = test_buffer.LENGTHS * 200
 test_buffer.fill(Path({str(tmp_path)!r}))
 """
     draw, kills = random.Random(0), 0
-    for _ in range(5):
+    for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         time.sleep(draw.uniform(0, 0.4))

@@ -223,7 +223,8 @@ def test_a_stream_as_training_data_on_two_ranks(folder: Path) -> None:
         assert resumed[rank]["counts"] == two[rank]["counts"]
 
 
-def test_accelerate_that_starts_one_process_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "said"), [(2, True), pytest.param(1, False, marks=pytest.mark.slow)])
+def test_accelerate_that_starts_one_process_is_noticed(number: int, said: bool, tmp_path: Path) -> None:
     """`accelerate launch --cpu --num_processes 2` starts one, silently; we say so."""
     script = tmp_path / "one.py"
     script.write_text(
@@ -232,12 +233,11 @@ def test_accelerate_that_starts_one_process_is_noticed(tmp_path: Path) -> None:
         "from hf_pretrain_ext import extend\n"
         f"extend(tiny.trainer({str(tmp_path / 'out')!r}))\n"
     )
-    for number, said in ((2, True), (1, False)):
-        # The command that it was started with is looked at, so it needs one of its own.
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(number)]
-        done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, env=dict(os.environ))
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert ("asked for 2 processes and started one" in done.stderr) == said
+    # The command that it was started with is looked at, so it needs one of its own.
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(number)]
+    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert ("asked for 2 processes and started one" in done.stderr) == said
 
 
 @pytest.mark.slow

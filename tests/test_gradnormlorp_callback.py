@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import architectures
 import pytest
 import tiny
 import torch
@@ -641,6 +642,12 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         {"adapter": dora(target_modules=["foo"]), "rank": 4},
         {},
         ["adapter has target_modules=['foo'], which match no module of LlamaForCausalLM. Name some that it has, such"],
+    ),
+    (
+        {"adapter": dora(), "rank": 4},
+        {"model": lambda: architectures.build("Mixtral")},
+        ["PEFT does not put this adapter into a MixtralForCausalLM: ValueError: lora.ParamWrapper does not work with",
+         "Name target_modules that it can adapt, such as ['q_proj', 'v_proj']."],
     ),
     (
         {"adapter": dora(), "rank": 4, "target_modules": ["q_proj"]},

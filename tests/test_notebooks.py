@@ -157,9 +157,7 @@ def execute(
             "IPYTHONDIR": str(tmp_path / "ipython"),
             "PYTHONPATH": os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
-        # What libraries read as they are imported asks for an interpreter that has not imported them.
-        python = [sys.executable] if any(name.startswith("HF_") for name in variables) else server.python
-        start = [*python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        start = [*server.python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         (spec / "kernel.json").write_text(json.dumps({"argv": start, "display_name": "here", "language": "python"}))
         specs = KernelSpecManager(kernel_dirs=[str(tmp_path / "kernels")], ensure_native_kernel=False)
         manager = AsyncKernelManager(kernel_name="here", kernel_spec_manager=specs)

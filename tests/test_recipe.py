@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,21 +193,18 @@ def environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node"],
-    "accelerate": [
-        *("accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"),
-        *("--dynamo_backend", "no", "--main_process_port", "0", "--num_processes"),
-    ],
-}
+ACCELERATE = [
+    *("accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"),
+    *("--dynamo_backend", "no", "--main_process_port", "0", "--num_processes"),
+]
 
 
 def command(*arguments: Any, ranks: int = 0, launcher: str = "torchrun") -> subprocess.CompletedProcess[str]:
-    start = [*warm.python(), "-m"]
-    if ranks:
-        start += [*LAUNCHERS[launcher], str(ranks), "-m"]
+    start = warm.ranks(ranks) if ranks else warm.python()
+    if ranks and launcher == "accelerate":
+        start = [sys.executable, "-m", *ACCELERATE, str(ranks)]
     return subprocess.run(
-        [*start, "hf_pretrain_ext", *map(str, arguments)],
+        [*start, "-m", "hf_pretrain_ext", *map(str, arguments)],
         env=environment(),
         capture_output=True,
         text=True,

@@ -4,8 +4,9 @@ A server imports them once and does nothing else; each process is a fork of it, 
 folder, input and outputs of whoever asked. What it runs (`hf_pretrain_ext` too) it imports itself. `python()` gives
 the words to begin a command with, in the place of `sys.executable`; it knows `-c`, `-m` and scripts.
 
-Not for tests of what an interpreter does as it starts (hash seeds, installed packages, threads, memory), nor for ones
-with environment variables that libraries read as they are imported: those are refused, but for HF_DATASETS_CACHE.
+Not for tests of what an interpreter does as it starts (hash seeds, installed packages, threads, memory). Where
+environment variables that libraries read as they are imported differ from the server's, HF_DATASETS_CACHE aside, an
+interpreter is started after all.
 
 This file is all three: the module that tests import, the server (`serve`), and the client, which imports little.
 """
@@ -17,29 +18,18 @@ import sys
 
 __all__ = ["Warm", "python", "ranks"]
 
-READ_AT_IMPORT = (
-    "ACCELERATE_",
-    "CUDA",
-    "DATASETS_",
-    "HF_",
-    "HUGGINGFACE_",
-    "KMP_",
-    "MKL_",
-    "OMP_",
-    "TORCH",
-    "TRANSFORMERS_",
-)
+READ_AT_IMPORT = ("CUDA", "DATASETS_", "HF_", "HUGGINGFACE_", "TORCH", "TRANSFORMERS_")
 MOVED = ("HF_DATASETS_CACHE",)
 """Read at import too, and set anew in the fork."""
-BY_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "TORCH_NCCL_", "OMP_NUM_THREADS")
-"""What launchers give to ranks; it is read as a run begins, and OMP_NUM_THREADS is 1 wherever tests run."""
+READ_LATER = ("HF_XET_", "TORCHELASTIC_", "TORCHINDUCTOR_", "TORCH_NCCL_")
+"""What launchers give to ranks, and what transfers and compilations look at."""
 
 
 def _decisive(environment):  # type: ignore[no-untyped-def]
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith(READ_AT_IMPORT) and name not in MOVED and not name.startswith(BY_LAUNCHERS)
+        if name.startswith(READ_AT_IMPORT) and name not in MOVED and not name.startswith(READ_LATER)
     }
 
 
@@ -58,7 +48,9 @@ def _ask(path: str, arguments: list[str]) -> int:
         socket.send_fds(connection, [len(request).to_bytes(8, "big")], [0, 1, 2])
         connection.sendall(request)
         answers = connection.makefile("r")
-        child = int(answers.readline() or 0)
+        child = int(answers.readline())
+        if not child:
+            os.execv(sys.executable, [sys.executable, *arguments])
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: os.kill(child, number))
         code = int(answers.readline() or 1)
@@ -131,12 +123,9 @@ def _attend(connection, began):  # type: ignore[no-untyped-def]
     while len(content) < length:
         content += connection.recv(length - len(content))
     request = json.loads(content)
-    differ = _decisive(request["environment"]).items() ^ began.items()
-    if differ:
-        names = ", ".join(sorted({name for name, _ in differ}))
-        os.write(files[2], f"warm.py: {names} would come too late. Use sys.executable\n".encode())
-        connection.sendall(b"0\n2\n")
-        os._exit(2)
+    if _decisive(request["environment"]) != began:
+        connection.sendall(b"0\n")
+        os._exit(0)
     child = os.fork()
     if child == 0:
         connection.close()
@@ -243,6 +232,9 @@ class Warm:
         import subprocess
         import tempfile
 
+        self.process = None
+        if sys.platform != "linux":
+            return
         self.folder = tempfile.TemporaryDirectory(prefix="warm-")
         self.path = os.path.join(self.folder.name, "socket")
         # Left to the forks, the folder of this file would hide modules of the names of tests.
@@ -259,9 +251,12 @@ class Warm:
 
     @property
     def python(self) -> list[str]:
-        return [sys.executable, "-I", "-S", __file__, self.path]
+        """The beginning of a command; a plain interpreter where there is no /proc to look into."""
+        return [sys.executable, "-I", "-S", __file__, self.path] if self.process else [sys.executable]
 
     def close(self) -> None:
+        if self.process is None:
+            return
         self.process.stdin.close()
         self.process.wait(timeout=30)
         self.folder.cleanup()

@@ -18,7 +18,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quality format test-resume test-distributed deepspeed test-leaks test-kill test-architectures tables docs evidence bench build release-check chromium clean
+.PHONY: help install demo test quality format test-resume test-distributed deepspeed test-leaks test-notebooks test-kill test-architectures tables docs evidence bench build release-check chromium clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,9 @@ test-architectures: $(STAMP) ## every plug-in on every family; writes docs/archi
 	ARCHITECTURES=$(CURDIR)/.architectures.jsonl $(PYTEST) tests/test_architectures.py -k reloads
 	$(BIN)/python tests/architectures.py .architectures.jsonl docs/architectures.md
 	rm -f .architectures.jsonl
+
+test-notebooks: $(STAMP) ## every notebook, as it is and as Colab runs it
+	$(PYTEST) tests/test_notebooks.py -n $(PYTEST_WORKERS)
 
 test-kill: $(STAMP) ## kill runs at random moments: KILLS=20 for each setting of tests/kill_worker.py
 	KILLS=$(KILLS) $(PYTEST) -s -m kill

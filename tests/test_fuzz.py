@@ -38,7 +38,7 @@ from hf_pretrain_ext.checkpoint import (
 from hf_pretrain_ext.recipe import Recipe, RecipeError, load_recipe
 
 FUZZ = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     database=None,

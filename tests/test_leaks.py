@@ -137,6 +137,8 @@ def check(found: dict[str, Any], workers: int, host: float = 0.0, bound: int = B
     assert found["left"] == {"workers": 0, "saves": 2}
 
 
+@pytest.mark.slow
+@pytest.mark.leaks
 def test_nothing_grows(tmp_path: Path) -> None:
     # What is still warming up weighs more in few steps (137 to 546 bytes a step seen); 4 KiB kept a step would show.
     check(measured(tmp_path, 400, 0, "plugins"), 0, bound=4 * BOUND)

@@ -630,7 +630,7 @@ def test_without_meta_tokens_every_parameter_still_takes_part() -> None:
         assert all(not grad.any() for name, grad in found.items() if "meta_attention" in name)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_model_compiles(checkpointing: bool) -> None:
     """Whole, as one graph; with checkpointing it breaks at the layers, or takes one setting of torch to stay whole."""
     model, given = build("Llama").train(), batch(ids())

@@ -171,7 +171,7 @@ def at_middle(stream: list[tuple[int, bool, int | None]], segments: list[tuple[i
 PARTS = st.lists(st.tuples(st.text("abcde", max_size=9), st.sampled_from([0.0, 1.0, 2.0, None])), max_size=5)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.lists(PARTS, min_size=1, max_size=8),
     st.integers(0, 12),

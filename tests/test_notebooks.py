@@ -1,7 +1,7 @@
 """The notebooks: run from top to bottom on stand-ins, as they are and as Colab runs them, and what they must hold.
 
 Each is run by a kernel of this very interpreter, in a folder of its own, with no other kernel spec or profile than
-what is made here. `slow` adds all notebooks as Colab runs them; the tour always runs so, up to the push.
+what is made here. The tour always runs as Colab runs it, up to the push; `make test-notebooks` runs all both ways.
 """
 
 from __future__ import annotations
@@ -214,7 +214,12 @@ def check(name: str, notebook: Any, work: Path) -> None:
         assert line not in text_of(notebook)
 
 
-@pytest.mark.parametrize("name", NAMES)
+IN_EVERY_RUN = ("00_tour", "06_many_stages")  # they use most of what there is
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_it_runs(name: str, execute: Execute, tmp_path: Path) -> None:
     work = tmp_path / "work"
     notebook = execute(read(name), HPE_SMOKE="1")

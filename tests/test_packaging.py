@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("accelerate", "bitsandbytes", "datasets", "matplotlib", "pandas", "peft", "torch", "transformers", "trl")
@@ -151,7 +152,7 @@ def test_sdist_holds_plain_files(sdist: Path) -> None:
 
 def check_import(cwd: Path, package_root: Path, **env: str) -> None:
     """Import from `cwd`, and find everything under `package_root`, our plug-ins by their entry points too."""
-    found = json.loads(run(sys.executable, "-c", IMPORT_CHECK, cwd=cwd, **env).splitlines()[-1])
+    found = json.loads(run(*warm.python(), "-c", IMPORT_CHECK, cwd=cwd, **env).splitlines()[-1])
     package = package_root / "hf_pretrain_ext"
     assert os.path.samefile(found["package"], package / "__init__.py")
     assert os.path.samefile(found["callbacks"], package / "callbacks" / "__init__.py")

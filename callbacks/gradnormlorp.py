@@ -319,8 +319,10 @@ class GradNormLoRPCallback(TrainerPlugin):
                 bare = type(model)(copy.deepcopy(model.config))
             except Exception:  # a class that is not made from its config alone: train() will see
                 return None
+            adapter = copy.deepcopy(self.adapter)
+            adapter.init_lora_weights = True  # others compute with the weights, which are not there
             try:
-                get_peft_model(bare, copy.deepcopy(self.adapter))
+                get_peft_model(bare, adapter)
             except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
                 return error
         return None

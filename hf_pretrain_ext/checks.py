@@ -186,7 +186,7 @@ def _host_problems(setup: Setup) -> list[Problem]:
 def _model_problems(setup: Setup) -> list[Problem]:
     """A model of which nothing is trained, or whose adapter no resume would find."""
     trainer, model = setup.trainer, setup.model
-    if trainer.model_init is not None or not isinstance(model, nn.Module):
+    if not setup.plugins or trainer.model_init is not None or not isinstance(model, nn.Module):
         return []
     if is_native(model):
         message, _, fix = ABOUT_NATIVE.partition(". ")

@@ -213,5 +213,7 @@ def test_an_adapter_that_the_host_put_in_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_frozen_model_is_refused(tmp_path: Path) -> None:
+    """Not where there are no plug-ins: nothing changes then."""
+    extend(tiny.trainer(tmp_path, model=tiny.model().requires_grad_(False)))
     with pytest.raises(PluginError, match="all of its 20 parameters are frozen, so that nothing would be trained"):
         extend(tiny.trainer(tmp_path, RewarmCallback(1e-2, warmup=1), model=tiny.model().requires_grad_(False)))

@@ -701,6 +701,16 @@ def test_what_does_not_fit_is_refused(
         assert text in str(error.value)
 
 
+@pytest.mark.parametrize("how", ["pissa", "olora", "gaussian"])
+def test_adapters_that_begin_otherwise_are_tried_without_weights(how: Any, tmp_path: Path) -> None:
+    """To be tried, they need none."""
+    adapter = dora(init_lora_weights=how)
+    trained = build(tmp_path, GradNormLoRPCallback(rank=4, adapter=adapter), max_steps=1)
+    trained.train()
+    assert adapter.init_lora_weights == how
+    assert trained.model.peft_config["default"].init_lora_weights == how
+
+
 def problems(plugin: GradNormLoRPCallback, **arguments: Any) -> list[str]:
     args = SimpleNamespace(
         **{"gradient_accumulation_steps": 1, "max_grad_norm": 0.0, "world_size": 1, "fp16": False, **arguments}

@@ -265,7 +265,10 @@ class _SavesInsideAStep(TrainerCallback):
 
 @pytest.mark.resume
 @pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
-@pytest.mark.parametrize(("at", "accumulation"), [(3, 1), (3, 2), (10, 1), (12, 1), (1, 1)])
+@pytest.mark.parametrize(
+    ("at", "accumulation"),
+    [(3, 1), (3, 2), (10, 1), *(pytest.param(at, 1, marks=pytest.mark.slow) for at in (12, 1))],
+)
 def test_a_checkpoint_inside_a_step_is_exact(event: str, at: int, accumulation: int, tmp_path: Path) -> None:
     """Dropout has drawn and the loss been summed when SIGTERM saves; the resume makes that step again, the same.
 

@@ -76,6 +76,7 @@ def serve(path: str) -> None:
     import transformers.trainer
     import trl
 
+    # What they import lazily is imported as it is looked up.
     for each in (
         transformers.Trainer,
         transformers.LlamaForCausalLM,
